@@ -1,0 +1,37 @@
+"""The errors a user can cause, each with a message that says what was found, what was expected and what to do."""
+
+from __future__ import annotations
+
+
+class DibitError(Exception):
+    """Base of every error Dibit raises on purpose; its text is meant for the user, without a traceback."""
+
+
+class ConfigError(DibitError):
+    """A model's config.json or an engine option is missing, malformed or contradicts another one."""
+
+
+class UnsupportedError(DibitError):
+    """An architecture, quantization or feature that Dibit does not have; the message lists what it has."""
+
+
+class CheckpointError(DibitError):
+    """A weight file is missing, truncated, renamed or holds a tensor of the wrong name, shape or dtype."""
+
+
+class RequestError(DibitError):
+    """A request that can't be served as asked.
+
+    Attributes:
+        field: name of the offending request field, as the client wrote it (``"max_tokens"``), or ``None``.
+        code: OpenAI error code (``"context_length_exceeded"``), or ``None``.
+    """
+
+    def __init__(self, message: str, *, field: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
+        self.code = code
+
+
+class EngineDeadError(DibitError):
+    """The engine stopped (a rank died or a step failed); requests under way on it can't go on."""
