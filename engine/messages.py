@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from engine.errors import RequestError
 from engine.sampling_params import SamplingParams
 
 
@@ -76,3 +77,5 @@ class StepOutput:
 
     deltas: list[TokenDelta]
     load: EngineLoad
+    refused: dict[str, RequestError] = field(default_factory=dict)
+    """Requests submitted since the step before that can't be served, by id; nothing else will be heard of them."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from engine.errors import RequestError
 
@@ -24,7 +24,9 @@ class SamplingParams(BaseModel):
 
     ``temperature`` 0 is greedy. ``top_k`` 0 or -1 means all tokens. ``seed`` None draws one. ``logprobs`` is the number
     of most likely tokens to report at each position (0: only the chosen one; None: no log probabilities at all).
-    Noise is a pure function of (seed, position), so equal requests with equal seeds give equal tokens.
+    Noise is a pure function of (seed, position, token), so equal requests with equal seeds give equal tokens.
+    ``min_tokens`` holds off EOS, ``stop_token_ids`` and ``stop`` strings until that many tokens exist.
+    What each option does to the logits, and in which order: :mod:`engine.execution.sampler`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -34,7 +36,7 @@ class SamplingParams(BaseModel):
     top_k: int = Field(default=0, ge=-1)
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     min_p: float = Field(default=0.0, ge=0.0, le=1.0)
-    repetition_penalty: float = Field(default=1.0, gt=0.0, le=100.0)
+    repetition_penalty: float = Field(default=1.0, ge=0.01, le=100.0)
     presence_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
     frequency_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
     logit_bias: dict[int, Annotated[float, Field(ge=-100.0, le=100.0)]] = Field(
@@ -59,6 +61,12 @@ class SamplingParams(BaseModel):
                 raise ValueError(f"a stop string has {len(text)} characters; at most {MAX_STOP_LENGTH} are allowed")
         return stop
 
+    @model_validator(mode="after")
+    def _check_lengths(self) -> SamplingParams:
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens ({self.min_tokens}) exceeds max_tokens ({self.max_tokens})")
+        return self
+
     @classmethod
     def parse(cls, **options: Any) -> SamplingParams:
         """Make parameters from untrusted options.
@@ -70,8 +78,11 @@ class SamplingParams(BaseModel):
             return cls(**options)
         except ValidationError as error:
             first = error.errors()[0]
-            name = str(first["loc"][0]) if first["loc"] else None
-            raise RequestError(f"{name}: {first['msg']} (found {first['input']!r:.80})", field=name) from None
+            if not first["loc"]:  # the options contradict one another
+                raise RequestError(first["msg"].removeprefix("Value error, "), field="min_tokens") from None
+            name = str(first["loc"][0])
+            found = repr(first["input"])[:80]
+            raise RequestError(f"{name}: {first['msg']} (found {found})", field=name) from None
 
     @property
     def greedy(self) -> bool:
