@@ -1,0 +1,235 @@
+"""One rank's share of a checkpoint, module by module."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from engine.checkpoint import names
+from engine.checkpoint.matrices import MatrixReader
+from engine.checkpoint.partition import MatrixCut, Partition, check_size
+from engine.checkpoint.reader import FLOATS, CheckpointReader
+from engine.config import ModelConfig
+from engine.errors import CheckpointError, ConfigError, UnsupportedError
+from engine.quantization.bf16 import Bf16
+from engine.quantization.config import QuantizationConfig
+from engine.quantization.format import RowOrder, WeightFormat
+from engine.quantization.registry import format_class
+from engine.quantization.wint2 import ROW_ORDER_ADVICE
+from kernels.operands import DenseWeight, Weight
+
+logger = logging.getLogger(__name__)
+
+
+class ShardedWeights:
+    """The share of one rank of one checkpoint, pulled by the model layer by layer.
+
+    Each call reads one module from the mapped files, cuts it, and puts it on ``device``; beyond what it returns, host
+    memory holds one matrix. Unquantized weights come in ``dtype``, quantized ones packed as ``kernels.operands``.
+
+    Args:
+        folder: a ``-PT`` (torch names) or ``-Paddle`` model folder.
+        config: its config.
+        rank: which of ``world_size`` tensor-parallel ranks.
+        world_size: the tensor-parallel size.
+        dtype: of unquantized weights.
+        device: where the weights go.
+        row_order: of WINT2 experts, where the checkpoint does not say it.
+        progress: called after each module with its name, the bytes of the checkpoint done and all of them.
+
+    Raises:
+        CheckpointError: files are missing or damaged, or a tensor is not what the config says.
+        UnsupportedError: an unknown quantization, or a size that the model or a format can't be cut for.
+        ConfigError: the row order of WINT2 experts is not known.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: ModelConfig,
+        *,
+        rank: int,
+        world_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        row_order: RowOrder | None = None,
+        progress: Callable[[str, int, int], None] | None = None,
+    ) -> None:
+        self._config = config
+        self._quantization = QuantizationConfig.from_json(config.quantization)
+        check_size(config, self._quantization, world_size)
+        self._partition = Partition(config, rank, world_size)
+        self._dtype = dtype
+        self._device = device
+        self._row_order = row_order or self._quantization.row_order
+        self._progress = progress
+        self._reader = CheckpointReader(folder)
+        self._naming = names.detect(self._reader)
+        self._unread = {name for name in self._reader if not name.startswith(names.MTP)}
+        self._bytes_total = sum(self._reader.info(name).num_bytes for name in self._unread)
+        self._bytes_done = 0
+        self._matrices = MatrixReader(self._reader, self._naming, device, on_read=self._count)
+        self._tied_table: Tensor | None = None
+        self._check_quantization()
+
+    def embedding(self) -> Tensor:
+        """The token table: this rank's rows of the vocabulary [V/world_size, H], zeros beyond its end."""
+        if self._tied_table is not None:
+            return self._tied_table
+        shape = (self._config.vocab_size, self._config.hidden_size)
+        table = self._vocabulary_rows(self._read(self._naming.name("embed_tokens.weight"), shape))
+        if self._config.tie_word_embeddings:
+            self._tied_table = table
+        self._report("embed_tokens")
+        return table
+
+    def head(self) -> DenseWeight:
+        """The logits projection, N = the rows of :meth:`embedding`; shares its memory where they are tied."""
+        if self._config.tie_word_embeddings:
+            return DenseWeight(self.embedding())
+        name = self._naming.name("lm_head.weight")
+        if name not in self._reader:
+            raise CheckpointError(
+                f"{self._reader.folder} has no tensor {name!r}, and tie_word_embeddings is false in its config.json; "
+                "set it to true if the embedding is the head"
+            )
+        vocab, hidden = self._config.vocab_size, self._config.hidden_size
+        rows = self._vocabulary_rows(self._read_linear(name, vocab, hidden))
+        self._report("lm_head")
+        return DenseWeight(rows)
+
+    def norm(self, name: str) -> Tensor:
+        """The weight [H] of a norm: "layers.3.input_layernorm", "layers.3.post_attention_layernorm" or "norm"."""
+        weight = self._read(self._naming.name(f"{name}.weight"), (self._config.hidden_size,))
+        self._report(name)
+        return self._arrive(weight, self._dtype)
+
+    def qkv(self, layer: int) -> Weight:
+        """The joint projection of attention, N = [q | k | v] of this rank's heads."""
+        return self._dense(f"layers.{layer}.self_attn.qkv_proj", self._partition.qkv())
+
+    def attention_output(self, layer: int) -> Weight:
+        """The output projection of attention, K cut to this rank's heads."""
+        heads_width = self._config.num_attention_heads * self._config.head_dim
+        return self._dense(f"layers.{layer}.self_attn.o_proj", self._partition.rows(heads_width))
+
+    def gate_up(self, layer: int, *, shared: bool = False) -> Weight:
+        """The first projection of the dense MLP (or of the shared experts), N = [gate | up] of this rank."""
+        return self._dense(_mlp(layer, "up_gate_proj", shared), self._partition.gate_up(self._width(shared)))
+
+    def down(self, layer: int, *, shared: bool = False) -> Weight:
+        """The second projection of the dense MLP (or of the shared experts), K cut."""
+        return self._dense(_mlp(layer, "down_proj", shared), self._partition.rows(self._width(shared)))
+
+    def router(self, layer: int) -> tuple[Tensor, Tensor | None]:
+        """The router's gate, fp32 [E, H], and its correction bias, fp32 [E], where the checkpoint has one."""
+        experts = self._experts()
+        gate_name = self._naming.name(f"layers.{layer}.mlp.gate.weight")
+        gate = self._arrive(self._read_linear(gate_name, experts, self._config.hidden_size), torch.float32)
+        bias = None
+        bias_name = self._naming.name(f"layers.{layer}.mlp.moe_statics.e_score_correction_bias")
+        if bias_name in self._reader:
+            flat = self._reader.info(bias_name).shape == (experts,)
+            stored = self._read(bias_name, (experts,) if flat else (1, experts))
+            bias = self._arrive(stored.reshape(experts), torch.float32)
+        self._report(f"layers.{layer}.mlp.gate")
+        return gate, bias
+
+    def expert_gate_up(self, layer: int) -> Weight:
+        """The routed experts' first projections, stacked [E, ...], N = [gate | up] of this rank."""
+        return self._stacked(layer, "up_gate_proj", self._partition.gate_up(self._expert_width()))
+
+    def expert_down(self, layer: int) -> Weight:
+        """The routed experts' second projections, stacked [E, ...], K cut."""
+        return self._stacked(layer, "down_proj", self._partition.rows(self._expert_width()))
+
+    def close(self) -> None:
+        """Close the files; logs the tensors that nobody asked for, if any."""
+        if self._unread:
+            logger.info(
+                "%s: %d tensors were not read, among them %s",
+                self._reader.folder,
+                len(self._unread),
+                ", ".join(sorted(self._unread)[:5]),
+            )
+        self._tied_table = None
+        self._reader.close()
+
+    def _check_quantization(self) -> None:
+        moe_layers = [layer for layer in range(self._config.num_hidden_layers) if self._config.is_moe_layer(layer)]
+        formats = {self._quantization.dense} | {self._quantization.expert_format(layer) for layer in moe_layers}
+        if formats != {Bf16.name} and not self._naming.fused:
+            raise UnsupportedError(
+                f"{self._reader.folder}: quantized weights ({', '.join(sorted(formats - {Bf16.name}))}) under "
+                f"{self._naming.kind} names; quantized checkpoints are supported under Paddle names"
+            )
+        if "wint2" in formats and self._row_order is None:
+            raise ConfigError(
+                f"{self._reader.folder} holds WINT2 experts and its config.json does not say their row order. "
+                f"{ROW_ORDER_ADVICE}"
+            )
+
+    def _dense(self, module: str, cut: MatrixCut) -> Weight:
+        weight = self._matrices.matrix(module, self._format(self._quantization.dense), cut)
+        self._report(module)
+        return weight
+
+    def _stacked(self, layer: int, projection: str, cut: MatrixCut) -> Weight:
+        weight_format = self._format(self._quantization.expert_format(layer))
+        prefix = f"layers.{layer}.mlp.experts"
+        modules = [f"{prefix}.{expert}.{projection}" for expert in range(self._experts())]
+        weight = self._matrices.stack(modules, weight_format, cut)
+        self._report(f"{prefix}.{projection}")
+        return weight
+
+    def _read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        tensor = self._reader.read(name, shape=shape, dtypes=FLOATS)
+        self._count(name)
+        return tensor
+
+    def _count(self, name: str) -> None:
+        if name in self._unread:
+            self._unread.remove(name)
+            self._bytes_done += self._reader.info(name).num_bytes
+
+    def _read_linear(self, name: str, out_features: int, in_features: int) -> Tensor:
+        """A view [out, in] of an unquantized linear's weight."""
+        if self._naming.out_in:
+            return self._read(name, (out_features, in_features))
+        return self._read(name, (in_features, out_features)).T
+
+    def _vocabulary_rows(self, table: Tensor) -> Tensor:
+        span = self._partition.vocabulary()
+        rows = torch.zeros((len(span), self._config.hidden_size), dtype=self._dtype, device=self._device)
+        held = table[span.start : span.stop]
+        rows[: len(held)].copy_(held)
+        return rows
+
+    def _arrive(self, view: Tensor, dtype: torch.dtype) -> Tensor:
+        return view.to(self._device, dtype, copy=True).contiguous()
+
+    def _format(self, name: str) -> WeightFormat:
+        return format_class(name)(dtype=self._dtype, row_order=self._row_order)
+
+    def _width(self, shared: bool) -> int:
+        if not shared:
+            return self._config.intermediate_size
+        return self._config.moe.shared_intermediate_size if self._config.moe else 0
+
+    def _expert_width(self) -> int:
+        return self._config.moe.intermediate_size if self._config.moe else 0
+
+    def _experts(self) -> int:
+        return self._config.moe.num_experts if self._config.moe else 0
+
+    def _report(self, what: str) -> None:
+        if self._progress is not None:
+            self._progress(what, self._bytes_done, self._bytes_total)
+
+
+def _mlp(layer: int, projection: str, shared: bool) -> str:
+    return f"layers.{layer}.mlp.{'shared_experts.' if shared else ''}{projection}"

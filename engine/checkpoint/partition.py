@@ -1,0 +1,112 @@
+"""Which part of each matrix belongs to a tensor-parallel rank, and which sizes a model can be cut for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from engine.config import ModelConfig
+from engine.errors import UnsupportedError
+from engine.quantization.config import QuantizationConfig
+from engine.quantization.format import Span
+from engine.quantization.registry import format_class
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Columns that are cut as one (q, or gate): ``width`` in the whole matrix, of which a rank takes ``part``."""
+
+    width: int
+    part: Span
+
+
+@dataclass(frozen=True, slots=True)
+class MatrixCut:
+    """What a rank takes of a matrix [K, N] whose columns are ``blocks`` side by side."""
+
+    k: int
+    rows: Span
+    blocks: tuple[Block, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Partition:
+    """The cuts for one rank. Constructing it checks nothing; see :func:`check_size`."""
+
+    config: ModelConfig
+    rank: int
+    world_size: int
+
+    def vocabulary(self) -> Span:
+        """Rows of the vocabulary; the last ones may lie beyond its end and stand for padding."""
+        return self._share(-(-self.config.vocab_size // self.world_size) * self.world_size)
+
+    def qkv(self) -> MatrixCut:
+        """Query heads divide; KV heads divide, or are replicated where there are fewer of them than ranks."""
+        config = self.config
+        heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        if kv_heads >= self.world_size:
+            kv = self._share(kv_heads)
+        else:
+            head = self.rank * kv_heads // self.world_size
+            kv = Span(head, head + 1)
+        blocks = [(heads, self._share(heads)), (kv_heads, kv), (kv_heads, kv)]
+        return MatrixCut(
+            k=config.hidden_size,
+            rows=Span(0, config.hidden_size),
+            blocks=tuple(Block(n * size, Span(part.start * size, part.stop * size)) for n, part in blocks),
+        )
+
+    def gate_up(self, width: int) -> MatrixCut:
+        """Both halves of an MLP of ``width``, cut apart."""
+        block = Block(width, self._share(width))
+        return MatrixCut(k=self.config.hidden_size, rows=Span(0, self.config.hidden_size), blocks=(block, block))
+
+    def rows(self, k: int) -> MatrixCut:
+        """A matrix [k, hidden] cut along K: o_proj and down_proj."""
+        n = self.config.hidden_size
+        return MatrixCut(k=k, rows=self._share(k), blocks=(Block(n, Span(0, n)),))
+
+    def _share(self, count: int) -> Span:
+        return Span(count * self.rank // self.world_size, count * (self.rank + 1) // self.world_size)
+
+
+def check_size(config: ModelConfig, quantization: QuantizationConfig, world_size: int) -> None:
+    """Check that the model can be cut for ``world_size`` ranks.
+
+    Raises:
+        UnsupportedError: it can't; the message says why and which sizes work.
+    """
+    reason = next(_obstacles(config, quantization, world_size), None)
+    if reason is not None:
+        sizes = [
+            size
+            for size in range(1, config.num_attention_heads + 1)
+            if next(_obstacles(config, quantization, size), None) is None
+        ]
+        raise UnsupportedError(
+            f"tensor_parallel_size {world_size} does not fit this model: {reason}; "
+            f"sizes that work: {', '.join(map(str, sizes))}"
+        )
+
+
+def _obstacles(config: ModelConfig, quantization: QuantizationConfig, size: int) -> Iterator[str]:
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    if heads % size:
+        yield f"num_attention_heads {heads} is not a multiple of it"
+    if kv_heads % size and size % kv_heads:
+        yield f"num_key_value_heads {kv_heads} is neither a multiple nor a divisor of it"
+    moe_layers = [layer for layer in range(config.num_hidden_layers) if config.is_moe_layer(layer)]
+    cuts = [("num_attention_heads * head_dim", heads * config.head_dim, quantization.dense)]
+    if len(moe_layers) < config.num_hidden_layers:
+        cuts.append(("intermediate_size", config.intermediate_size, quantization.dense))
+    if config.moe and moe_layers:
+        formats = sorted({quantization.expert_format(layer) for layer in moe_layers})
+        cuts += [("moe_intermediate_size", config.moe.intermediate_size, name) for name in formats]
+        if config.moe.num_shared_experts:
+            cuts.append(("the shared experts' width", config.moe.shared_intermediate_size, quantization.dense))
+    for what, rows, name in cuts:
+        tile = format_class(name).row_tile
+        if rows % (size * tile):
+            unit = f"{tile} rows of {name}" if tile > 1 else "one row"
+            yield f"{what} {rows} does not divide into {size} parts that are multiples of {unit}"

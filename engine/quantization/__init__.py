@@ -1,0 +1,1 @@
+"""Weight formats at run time, one class each, and the meaning of ``quantization_config``."""
