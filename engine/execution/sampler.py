@@ -1,0 +1,148 @@
+"""From logits to tokens.
+
+Order for each row, all over the used part of the vocabulary only (padding ids do not exist here):
+
+1. logit_bias, then repetition, presence and frequency penalties, then the min_tokens mask
+   (:mod:`engine.execution.penalties`);
+2. greedy rows take the most likely token (the lowest id among equals);
+3. other rows: temperature, then top_k, then top_p over what top_k left, then min_p
+   (:mod:`engine.execution.filters`), then Gumbel-max: ``argmax(logit + noise(seed, position, token id))``
+   (:mod:`engine.execution.noise`), which draws from the softmax of the filtered logits.
+
+Log probabilities that are reported are those of the model: ``log_softmax`` of its logits over the used vocabulary,
+before any of the above.
+
+A row's token depends on its own logits and parameters only, never on the other rows of the call.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.errors import EngineDeadError
+from engine.execution.filters import Filter, candidates
+from engine.execution.noise import gumbel, row_keys
+from engine.execution.penalties import adjust
+from engine.messages import TokenLogprobs
+from engine.sampling_params import SamplingParams
+
+MIN_TEMPERATURE = 1e-5
+"""Temperatures above 0 and below this count as this: 1/T stays finite in float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingRow:
+    """What decides one row's token besides its logits. ``position``: index in the sequence of the token to choose."""
+
+    params: SamplingParams
+    prompt_token_ids: Sequence[int]
+    output_token_ids: Sequence[int]
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """One row's token, with log probabilities where its parameters ask for them."""
+
+    token_id: int
+    logprobs: TokenLogprobs | None = None
+
+
+class Sampler:
+    """Chooses one token for each row of logits.
+
+    Args:
+        vocab_size: columns of the logits (the embedding table, padding included).
+        used_vocab_size: ids below this have a token; the others are never sampled nor reported.
+        eos_token_ids: masked while a row has fewer than ``min_tokens`` tokens, unless it ignores EOS.
+    """
+
+    def __init__(self, vocab_size: int, used_vocab_size: int, eos_token_ids: Collection[int]) -> None:
+        if not 0 < used_vocab_size <= vocab_size:
+            raise ValueError(f"used_vocab_size is {used_vocab_size}; expected 1 to vocab_size ({vocab_size})")
+        self.vocab_size = vocab_size
+        self.used_vocab_size = used_vocab_size
+        self.eos_token_ids = frozenset(eos_token_ids)
+
+    @torch.inference_mode()
+    def __call__(self, logits: Tensor, rows: Sequence[SamplingRow]) -> list[Sampled]:
+        """Sample one token for each row.
+
+        Args:
+            logits: float32 [rows, vocab_size], any device; not changed.
+
+        Raises:
+            EngineDeadError: a row's logits hold NaN or +inf, or nothing above -inf.
+        """
+        if logits.shape != (len(rows), self.vocab_size):
+            raise ValueError(f"logits have shape {tuple(logits.shape)}; expected {(len(rows), self.vocab_size)}")
+        if not rows:
+            return []
+        raw = logits[:, : self.used_vocab_size].float()  # [rows, used vocab]
+        adjusted = adjust(raw, rows, self.eos_token_ids)
+        best, token_ids = adjusted.max(dim=-1)  # [rows]; max carries NaN along
+        drawn = [i for i, row in enumerate(rows) if not row.params.greedy]
+        best_values: list[float] = best.tolist()
+        for row, value in zip(rows, best_values, strict=True):
+            if not math.isfinite(value):
+                raise EngineDeadError(
+                    f"the model's logits for position {row.position} are not finite (maximum {value}); "
+                    "its weights or a kernel on this device give NaN or infinity"
+                )
+        if drawn:
+            token_ids[drawn] = self._draw(adjusted, best, rows, drawn)
+        chosen: list[int] = token_ids.tolist()
+        logprobs = _report(raw, chosen, rows)
+        return [Sampled(token, logprobs.get(i)) for i, token in enumerate(chosen)]
+
+    def _draw(self, logits: Tensor, best: Tensor, rows: Sequence[SamplingRow], drawn: list[int]) -> Tensor:
+        """Token ids, int64 [len(drawn)], of the rows that are not greedy."""
+        device = logits.device
+        picked = [rows[i] for i in drawn]
+        if len(drawn) < len(rows):
+            logits, best = logits[drawn], best[drawn]
+        temperature = torch.tensor([max(row.params.temperature, MIN_TEMPERATURE) for row in picked], device=device)
+        # The best token is at 0, where float32 is finest.
+        scaled = (logits - best.unsqueeze(-1)) / temperature.unsqueeze(-1)  # [drawn, used vocab]
+        keys = row_keys([_seed(row) for row in picked], [row.position for row in picked], device)
+        result = torch.empty(len(drawn), dtype=torch.int64, device=device)
+        for part in candidates(scaled, [Filter.of(row.params) for row in picked]):
+            noise = gumbel(keys[part.rows], part.token_ids)  # [part rows, candidates]
+            winner = (part.scores + noise).argmax(dim=-1, keepdim=True)  # [part rows, 1]
+            result[part.rows] = part.token_ids.expand_as(noise).gather(-1, winner).squeeze(-1)
+        return result
+
+
+def _seed(row: SamplingRow) -> int:
+    if row.params.seed is None:
+        raise ValueError("a request that is not greedy has no seed; engine.requests.expand draws one")
+    return row.params.seed
+
+
+def _report(raw: Tensor, chosen: list[int], rows: Sequence[SamplingRow]) -> dict[int, TokenLogprobs]:
+    """Log probabilities of the rows that ask for them. ``raw``: float32 [rows, used vocab]."""
+    asked = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
+    if not asked:
+        return {}
+    wanted = [rows[i].params.logprobs or 0 for i in asked]
+    logprobs = (raw if len(asked) == len(rows) else raw[asked]).log_softmax(dim=-1)  # [asked, used vocab]
+    tokens = torch.tensor([chosen[i] for i in asked], device=raw.device)
+    taken = logprobs.gather(-1, tokens.unsqueeze(-1))  # [asked, 1]
+    ranks: list[int] = (1 + (logprobs > taken).sum(dim=-1)).tolist()
+    values: list[float] = taken.squeeze(-1).tolist()
+    top_values, top_ids = logprobs.topk(min(max(wanted), logprobs.shape[1]), dim=-1)  # [asked, k]
+    tops = zip(top_ids.tolist(), top_values.tolist(), strict=True)
+    return {
+        i: TokenLogprobs(
+            token_id=chosen[i],
+            logprob=value,
+            rank=rank,
+            top=dict(zip(ids[:count], best[:count], strict=True)),
+        )
+        for i, count, value, rank, (ids, best) in zip(asked, wanted, values, ranks, tops, strict=True)
+    }
