@@ -1,0 +1,282 @@
+"""Tokens from an engine to the ingresses: one stream for each pair, one item a step.
+
+The engine side (:class:`Fanout`, in shard 0) sorts the deltas of a step by ingress; the ingress side
+(:class:`Demultiplexer`) sorts them by request. Between the two travels one :class:`Item`, so Ray messages grow with
+steps, not with tokens x requests. Whoever reads slowly gets several steps merged into one.
+
+Everything here lives on one event loop and takes no locks; only :meth:`Fanout.publish` is called from another thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable, Iterable
+
+import msgspec
+
+from engine.errors import EngineDeadError, RequestError
+from engine.messages import EngineLoad, EngineRequest, StepOutput, TokenDelta
+
+LOAD_INTERVAL_S = 0.05
+"""An ingress without tokens in a step hears of the engine's load at most this often."""
+
+
+class Refusal(msgspec.Struct, frozen=True, array_like=True):
+    """A :class:`RequestError` on the wire."""
+
+    message: str
+    field: str | None
+    code: str | None
+
+
+class Item(msgspec.Struct, frozen=True, array_like=True):
+    """What one ingress is told at once: its new tokens, its refused requests, the engine's load after the last step."""
+
+    deltas: list[TokenDelta]
+    refused: dict[str, Refusal]
+    load: EngineLoad
+
+
+encode_item = msgspec.msgpack.Encoder().encode
+decode_item = msgspec.msgpack.Decoder(Item).decode
+
+
+def merge(first: TokenDelta, second: TokenDelta) -> TokenDelta:
+    """Two deltas of one request, in the order in which they came, as one."""
+    logprobs = None
+    if first.logprobs is not None or second.logprobs is not None:
+        logprobs = [*(first.logprobs or []), *(second.logprobs or [])]
+    return TokenDelta(
+        request_id=first.request_id,
+        token_ids=[*first.token_ids, *second.token_ids],
+        finish_reason=second.finish_reason,
+        stop_token_id=second.stop_token_id,
+        logprobs=logprobs,
+        num_cached_tokens=max(first.num_cached_tokens, second.num_cached_tokens),
+    )
+
+
+class Outbox:
+    """What one ingress has not read yet."""
+
+    def __init__(self, load: EngineLoad) -> None:
+        self.request_ids: set[str] = set()
+        self._deltas: dict[str, TokenDelta] = {}
+        self._refused: dict[str, Refusal] = {}
+        self._load = load
+        self._ready = asyncio.Event()
+        self._ready.set()  # the first item says hello, with the load
+        self._sent_at = 0.0
+        self._reminder: asyncio.TimerHandle | None = None
+        self._closed = False
+        self._failure: EngineDeadError | None = None
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether :meth:`close` was called."""
+        return self._closed
+
+    def put(self, delta: TokenDelta) -> None:
+        """Add one request's tokens; :meth:`flush` follows once a step."""
+        waiting = self._deltas.get(delta.request_id)
+        self._deltas[delta.request_id] = delta if waiting is None else merge(waiting, delta)
+
+    def refuse(self, request_id: str, refusal: Refusal) -> None:
+        """Add a request that can't be served."""
+        self._refused[request_id] = refusal
+
+    def flush(self, load: EngineLoad) -> None:
+        """End a step: wake the reader if there is something to say."""
+        self._load = load
+        silence = time.monotonic() - self._sent_at
+        if self._deltas or self._refused or silence >= LOAD_INTERVAL_S:
+            self._ready.set()
+        elif self._reminder is None:
+            self._reminder = asyncio.get_running_loop().call_later(LOAD_INTERVAL_S - silence, self._remind)
+
+    def close(self, failure: EngineDeadError | None = None) -> None:
+        """End the stream, with ``failure`` as the reader's error if given."""
+        self._closed = True
+        self._failure = failure
+        self._ready.set()
+        if self._reminder is not None:
+            self._reminder.cancel()
+
+    def _remind(self) -> None:
+        self._reminder = None
+        self._ready.set()
+
+    async def items(self) -> AsyncGenerator[bytes, None]:
+        """Encoded items until :meth:`close`; all that gathered since the one before is in one.
+
+        Raises:
+            EngineDeadError: the engine failed; what it had finished before was yielded.
+        """
+        while True:
+            await self._ready.wait()
+            self._ready.clear()
+            closed = self._closed  # if that comes while an item is with the reader, there may be another item before it
+            if self._deltas or self._refused or not closed:
+                deltas, self._deltas = self._deltas, {}
+                refused, self._refused = self._refused, {}
+                self._sent_at = time.monotonic()
+                yield encode_item(Item(list(deltas.values()), refused, self._load))
+            if closed:
+                if self._failure is not None:
+                    raise self._failure
+                return
+
+
+class Fanout:
+    """Sorts the deltas of each step by the ingress that asked for them."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, load: EngineLoad) -> None:
+        self._loop = loop
+        self._load = load
+        self._outboxes: dict[str, Outbox] = {}
+        self._owners: dict[str, Outbox] = {}  # by request id
+
+    @property
+    def load(self) -> EngineLoad:
+        """The engine's load after the last step published."""
+        return self._load
+
+    def open(self, ingress_id: str) -> Outbox:
+        """The outbox of an ingress that begins to listen."""
+        outbox = self._outboxes[ingress_id] = Outbox(self._load)
+        return outbox
+
+    def claim(self, ingress_id: str, requests: Iterable[EngineRequest]) -> None:
+        """Note to whom the tokens of new requests go.
+
+        Raises:
+            EngineDeadError: the ingress has no open stream here, so nobody would hear the tokens.
+        """
+        outbox = self._outboxes.get(ingress_id)
+        if outbox is None:
+            raise EngineDeadError(f"ingress {ingress_id} has no open stream here; connect to the engine again")
+        for request in requests:
+            self._owners[request.request_id] = outbox
+            outbox.request_ids.add(request.request_id)
+
+    def release(self, request_ids: Iterable[str]) -> None:
+        """Forget requests whose tokens nobody wants any more."""
+        for request_id in request_ids:
+            self._forget(request_id)
+
+    def leave(self, ingress_id: str, outbox: Outbox) -> list[str]:
+        """Close the stream of an ingress that is gone; its requests, for the engine to abort. May be called again."""
+        if self._outboxes.get(ingress_id) is outbox:
+            del self._outboxes[ingress_id]
+        orphans = list(outbox.request_ids)
+        self.release(orphans)
+        outbox.close()
+        return orphans
+
+    def publish(self, output: StepOutput) -> None:
+        """Hand over a step; called in the engine thread, returns at once."""
+        self._loop.call_soon_threadsafe(self._distribute, output)
+
+    def fail(self, failure: EngineDeadError) -> None:
+        """End every stream with an error."""
+        for outbox in self._outboxes.values():
+            outbox.close(failure)
+
+    def _distribute(self, output: StepOutput) -> None:
+        self._load = output.load
+        for delta in output.deltas:
+            if (outbox := self._owners.get(delta.request_id)) is None:
+                continue  # aborted while the step ran
+            outbox.put(delta)
+            if delta.finish_reason is not None:
+                self._forget(delta.request_id)
+        for request_id, error in output.refused.items():
+            if (outbox := self._owners.get(request_id)) is not None:
+                outbox.refuse(request_id, Refusal(str(error), error.field, error.code))
+                self._forget(request_id)
+        for outbox in self._outboxes.values():
+            outbox.flush(output.load)
+
+    def _forget(self, request_id: str) -> None:
+        outbox = self._owners.pop(request_id, None)
+        if outbox is not None:
+            outbox.request_ids.discard(request_id)
+
+
+class Inbox:
+    """Tokens of one request that its handler has not taken yet."""
+
+    def __init__(self) -> None:
+        self._delta: TokenDelta | None = None
+        self._failure: Exception | None = None
+        self._ready = asyncio.Event()
+
+    def put(self, delta: TokenDelta) -> None:
+        """Add new tokens; they join those that wait."""
+        self._delta = delta if self._delta is None else merge(self._delta, delta)
+        self._ready.set()
+
+    def fail(self, failure: Exception) -> None:
+        """End with an error, after the tokens that wait."""
+        self._failure = failure
+        self._ready.set()
+
+    async def get(self) -> TokenDelta:
+        """All tokens since the last call, waiting for the first.
+
+        Raises:
+            RequestError: the engine refused the request.
+            EngineDeadError: the engine is gone.
+        """
+        await self._ready.wait()
+        delta, self._delta = self._delta, None
+        if delta is None:
+            if self._failure is None:
+                raise RuntimeError("an inbox was woken without tokens and without an error")
+            raise self._failure
+        if self._failure is None:
+            self._ready.clear()
+        return delta
+
+
+class Demultiplexer:
+    """Sorts the items of one engine by request."""
+
+    def __init__(self, on_load: Callable[[EngineLoad], None]) -> None:
+        self._on_load = on_load
+        self._inboxes: dict[str, Inbox] = {}
+
+    def __len__(self) -> int:
+        return len(self._inboxes)
+
+    def open(self, request_id: str) -> Inbox:
+        """The inbox of a request that is about to be submitted.
+
+        Raises:
+            ValueError: the id is in use.
+        """
+        if request_id in self._inboxes:
+            raise ValueError(f"request id {request_id!r} is in use")
+        inbox = self._inboxes[request_id] = Inbox()
+        return inbox
+
+    def close(self, request_id: str) -> None:
+        """Forget a request; tokens that still come for it are dropped."""
+        self._inboxes.pop(request_id, None)
+
+    def deliver(self, encoded: bytes) -> None:
+        """Hand one item's tokens and refusals to their requests."""
+        item = decode_item(encoded)
+        self._on_load(item.load)
+        for delta in item.deltas:
+            if (inbox := self._inboxes.get(delta.request_id)) is not None:
+                inbox.put(delta)
+        for request_id, refusal in item.refused.items():
+            if (inbox := self._inboxes.get(request_id)) is not None:
+                inbox.fail(RequestError(refusal.message, field=refusal.field, code=refusal.code))
+
+    def fail(self, failure: Exception) -> None:
+        """End every request under way with an error."""
+        for inbox in self._inboxes.values():
+            inbox.fail(failure)

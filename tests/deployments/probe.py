@@ -1,0 +1,89 @@
+"""A Serve deployment that stands where the Ingress does and shows what an EngineClient sees."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from ray import serve
+
+from deployments.client import EngineClient, ModelInfo
+from engine.messages import EngineLoad, EngineRequest, FinishReason, TokenDelta
+from engine.sampling_params import SamplingParams
+
+
+def greedy(request_id: str, prompt_token_ids: list[int], max_tokens: int) -> EngineRequest:
+    params = SamplingParams(temperature=0.0, seed=0, max_tokens=max_tokens, ignore_eos=True)
+    return EngineRequest(request_id, prompt_token_ids, params, max_tokens)
+
+
+@serve.deployment(name="Probe", max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0})
+class Probe:
+    async def __init__(self, engines: Any) -> None:
+        self._client = EngineClient(engines)
+        await self._client.start()
+
+    async def pid(self) -> int:
+        return os.getpid()
+
+    async def info(self) -> ModelInfo:
+        return self._client.info
+
+    async def healthy(self) -> bool:
+        return self._client.healthy()
+
+    async def loads(self) -> list[EngineLoad]:
+        return self._client.load()
+
+    async def generate(self, request: EngineRequest) -> tuple[list[int], FinishReason | None]:
+        token_ids: list[int] = []
+        finish_reason = None
+        async for delta in self._client.generate(request):
+            token_ids += delta.token_ids
+            finish_reason = delta.finish_reason
+        return token_ids, finish_reason
+
+    async def stream(self, request: EngineRequest) -> AsyncGenerator[TokenDelta, None]:
+        async for delta in self._client.generate(request):
+            yield delta
+
+    async def leave_after_first(self, request: EngineRequest) -> tuple[EngineLoad, float]:
+        """Close a request after its first tokens; the load while it ran, and how long its blocks took to be free."""
+        stream = self._client.generate(request)
+        await anext(stream)
+        (during,) = self._client.load()
+        left = time.monotonic()
+        await stream.aclose()
+        await self.until_idle()
+        return during, time.monotonic() - left
+
+    async def until_idle(self, timeout: float = 60) -> EngineLoad:
+        """Wait until the one engine reports that all of its blocks are free."""
+        async with asyncio.timeout(timeout):
+            while True:
+                for load in self._client.load():
+                    if load.free_blocks == load.total_blocks and load.running_requests == 0:
+                        return load
+                await asyncio.sleep(0.005)  # loads come by themselves, there is nothing to wait on
+
+    async def until_engines(self, count: int, timeout: float = 120) -> None:
+        """Wait until so many engines take requests."""
+        async with asyncio.timeout(timeout):
+            while len(self._client.load()) != count:
+                await asyncio.sleep(0.02)
+
+    async def spread(self, requests: list[EngineRequest]) -> list[int]:
+        """Send many requests in one turn of the event loop; how many went to each engine."""
+        streams = [self._client.generate(request) for request in requests]
+        counted: dict[int, int] = {}
+        tasks = [asyncio.ensure_future(anext(stream)) for stream in streams]
+        await asyncio.sleep(0)
+        for connection in self._client._connections.values():
+            counted[id(connection)] = len(connection._requests)
+        await asyncio.gather(*tasks)
+        for stream in streams:
+            await stream.aclose()
+        return sorted(counted.values())
