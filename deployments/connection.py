@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import time
 from collections.abc import Callable
 from typing import Any
@@ -144,7 +145,9 @@ class EngineConnection:
 
     def _schedule_flush(self) -> None:
         if len(self._to_submit) + len(self._to_abort) == 1:
-            asyncio.get_running_loop().call_soon(self._flush)
+            # In an empty context: these calls carry the requests of many HTTP clients, and Ray cancels every actor call
+            # made in the context of a client that leaves (ray issue 52476).
+            asyncio.get_running_loop().call_soon(self._flush, context=contextvars.Context())
 
     def _flush(self) -> None:
         submitted, self._to_submit = self._to_submit, []

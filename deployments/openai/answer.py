@@ -1,0 +1,77 @@
+"""From a validated job to an HTTP response, streamed or whole. Chat and completions differ only in their formats."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from engine.text import TextDelta
+from starlette.types import Send
+
+from deployments.openai import sse
+from deployments.openai.errors import from_exception
+from deployments.openai.generation import Choice, Collected, Engine, collect, run, usage
+from deployments.openai.http import send_json
+
+
+class Format(Protocol):
+    """How one kind of answer looks on the wire."""
+
+    def opening(self) -> bytes:
+        """What a stream says before any token."""
+
+    def chunk(self, choice: Choice, delta: TextDelta) -> bytes:
+        """The event of one delta; empty when there is nothing to say yet."""
+
+    def closing(self, counts: dict[str, object]) -> bytes:
+        """What a stream says after the last token, without ``[DONE]``."""
+
+    def whole(self, results: Sequence[Collected], counts: dict[str, object]) -> dict[str, Any]:
+        """The answer in one piece."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A request that was validated down to its tokens: from here on only the engine can fail."""
+
+    choices: list[Choice]
+    choices_per_prompt: int
+    format: Format
+    stream: bool
+
+
+async def respond(engine: Engine, job: Job, send: Send) -> None:
+    """Generate and send the answer. Raises only before the response has begun."""
+    if job.stream:
+        await _respond_streaming(engine, job, send)
+    else:
+        batches = run(engine, job.choices)
+        try:
+            results = await collect(batches, len(job.choices))
+        finally:
+            await batches.aclose()
+        counts = usage(job.choices, job.choices_per_prompt)
+        await send_json(send, sse.encode(job.format.whole(results, counts)))
+
+
+async def _respond_streaming(engine: Engine, job: Job, send: Send) -> None:
+    form = job.format
+    batches = run(engine, job.choices)
+    try:
+        # The status line waits for the first tokens: what fails before them gets a status of its own, not a broken 200.
+        batch = await anext(batches)
+        await send({"type": "http.response.start", "status": 200, "headers": sse.HEADERS})
+        data = form.opening() + b"".join([form.chunk(choice, delta) for choice, delta in batch])
+        await send({"type": "http.response.body", "body": data, "more_body": True})
+        try:
+            async for batch in batches:
+                data = b"".join([form.chunk(choice, delta) for choice, delta in batch])
+                if data:
+                    await send({"type": "http.response.body", "body": data, "more_body": True})
+            data = form.closing(usage(job.choices, job.choices_per_prompt)) + sse.DONE
+        except Exception as error:
+            data = sse.event(from_exception(error).body())
+        await send({"type": "http.response.body", "body": data})
+    finally:
+        await batches.aclose()
