@@ -1,0 +1,93 @@
+"""One step's flat batch: what every rank needs to know to run it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.scheduling.scheduler import ScheduledRequest
+
+Int32Array = npt.NDArray[np.int32]
+Int64Array = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class StepInput:
+    """T tokens of R requests, request after request.
+
+    Attributes:
+        token_ids: int32 [T].
+        positions: int32 [T], each token's index in its sequence.
+        slot_mapping: int64 [T], ``block_id * block_size + offset`` of each token's keys and values.
+        block_tables: int32 [R, max_blocks], padded with 0.
+        query_start: int32 [R + 1], rows ``query_start[r] : query_start[r + 1]`` are request r's.
+        context_lens: int32 [R], tokens of the sequence up to and with this step's.
+        logits_rows: int32 [S], the rows of T whose logits are wanted.
+    """
+
+    token_ids: Int32Array
+    positions: Int32Array
+    slot_mapping: Int64Array
+    block_tables: Int32Array
+    query_start: Int32Array
+    context_lens: Int32Array
+    logits_rows: Int32Array
+
+
+def build_step_input(scheduled: Sequence[ScheduledRequest], block_size: int) -> StepInput:
+    """Lay the parts of a step one after the other; logits are wanted of the last token of each part that samples.
+
+    Args:
+        scheduled: at least one part, each of at least one token, with blocks allotted for all of it.
+        block_size: tokens in a block.
+    """
+    starts = np.array([part.start for part in scheduled], dtype=np.int64)  # [R]
+    counts = np.array([part.num_new_tokens for part in scheduled], dtype=np.int64)
+    ends = starts + counts
+    num_blocks = (-(-ends // block_size)).tolist()
+    token_ids: list[int] = []
+    block_tables = np.zeros((len(scheduled), max(num_blocks)), dtype=np.int32)
+    for r, part in enumerate(scheduled):
+        token_ids += part.request.all_token_ids[part.start : part.start + part.num_new_tokens]
+        block_tables[r, : num_blocks[r]] = part.request.block_table[: num_blocks[r]]
+    query_start = np.zeros(len(scheduled) + 1, dtype=np.int32)
+    np.cumsum(counts, out=query_start[1:])
+    owners = np.repeat(np.arange(len(scheduled)), counts)  # [T], the request of each row
+    positions = np.arange(len(token_ids)) + (starts - query_start[:-1])[owners]
+    slots = block_tables[owners, positions // block_size].astype(np.int64) * block_size + positions % block_size
+    samples = np.fromiter((part.samples for part in scheduled), dtype=np.bool_, count=len(scheduled))
+    return StepInput(
+        token_ids=np.array(token_ids, dtype=np.int32),
+        positions=positions.astype(np.int32),
+        slot_mapping=slots,
+        block_tables=block_tables,
+        query_start=query_start,
+        context_lens=ends.astype(np.int32),
+        logits_rows=(query_start[1:] - 1)[samples],
+    )
+
+
+def dummy_step(num_tokens: int, num_seqs: int, block_size: int) -> StepInput:
+    """The largest step an engine may take, to find how much memory one needs: tokens spread over all sequences.
+
+    Uses blocks 0 ... R * max_blocks - 1.
+    """
+    num_seqs = min(num_seqs, num_tokens)
+    counts = np.full(num_seqs, num_tokens // num_seqs) + (np.arange(num_seqs) < num_tokens % num_seqs)  # [R]
+    query_start = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
+    max_blocks = -(-int(counts.max()) // block_size)
+    block_tables = np.arange(num_seqs * max_blocks, dtype=np.int32).reshape(num_seqs, max_blocks)
+    owners = np.repeat(np.arange(num_seqs), counts)
+    positions = np.arange(num_tokens) - query_start[:-1][owners]
+    return StepInput(
+        token_ids=np.zeros(num_tokens, dtype=np.int32),
+        positions=positions.astype(np.int32),
+        slot_mapping=(owners * max_blocks * block_size + positions).astype(np.int64),
+        block_tables=block_tables,
+        query_start=query_start,
+        context_lens=counts.astype(np.int32),
+        logits_rows=query_start[1:] - 1,
+    )

@@ -1,0 +1,36 @@
+"""Matrix products cut over the ranks of a tensor-parallel group (Megatron-LM, arXiv 1909.08053)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels import ops
+from kernels.operands import Weight
+
+
+class Linear:
+    """``x W^T`` with a rank's share of W.
+
+    Cut by output features (columns in Paddle's view), the result is this rank's features. Cut by input features, it
+    is a partial sum, which the caller reduces once for everything that is added to it.
+    """
+
+    def __init__(self, weight: Weight, *, dtype: torch.dtype, device: torch.device) -> None:
+        self.weight = ops.prepare(weight, dtype=dtype, device=device)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[T, K] -> [T, N]."""
+        return ops.linear(x, self.weight)
+
+
+class GatedMLP:
+    """SwiGLU: ``down(silu(gate x) * up x)``, gate and up cut by output, down by input features."""
+
+    def __init__(self, gate_up: Linear, down: Linear) -> None:
+        self.gate_up = gate_up
+        self.down = down
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[T, H] -> [T, H], a partial sum."""
+        return self.down(ops.silu_and_mul(self.gate_up(x)))

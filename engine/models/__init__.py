@@ -1,0 +1,61 @@
+"""Models by architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from engine.config import ModelConfig
+from engine.errors import UnsupportedError
+from engine.execution.parallel import TensorParallelGroup
+from engine.layers.weights import WeightSource
+from engine.models.ernie4_5 import Ernie4_5
+from kernels import ops
+
+MODELS = {"ernie4_5": Ernie4_5, "ernie4_5_moe": Ernie4_5}
+"""``ModelConfig.architecture`` -> class; a dense model is a mixture-of-experts model without such layers."""
+
+
+class DecoderModel(Protocol):
+    """One rank's share of a decoder."""
+
+    def __call__(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        kv_caches: Sequence[tuple[Tensor, Tensor]],
+        *,
+        slot_mapping: Tensor,
+        metadata: ops.AttentionMetadata,
+        logits_rows: Tensor,
+    ) -> Tensor | None:
+        """Run a flat batch of T tokens; every rank calls it with the same values.
+
+        Args:
+            token_ids: int [T].
+            positions: int [T], each token's index in its sequence.
+            kv_caches: (keys, values) of each layer, [blocks, block_size, kv heads of this rank, D].
+            slot_mapping: int64 [T], where the tokens' keys and values go.
+            metadata: from `ops.attention_metadata`.
+            logits_rows: int [S], the rows whose logits are wanted.
+
+        Returns:
+            fp32 [S, vocab_size] on rank 0, None elsewhere.
+        """
+
+
+def build_model(
+    config: ModelConfig, weights: WeightSource, group: TensorParallelGroup, *, dtype: torch.dtype, device: torch.device
+) -> DecoderModel:
+    """Build the model that `config.architecture` names.
+
+    Raises:
+        UnsupportedError: there is no such architecture.
+    """
+    model = MODELS.get(config.architecture)
+    if model is None:
+        raise UnsupportedError(f"architecture {config.architecture!r}; supported: {', '.join(sorted(MODELS))}")
+    return model(config, weights, group, dtype=dtype, device=device)

@@ -1,0 +1,209 @@
+"""The only door to tensor work: one documented function for each operation, dispatched by device.
+
+T tokens of a flat batch; H hidden size; K, N input and output features; D head dimension. Activations are in the
+compute dtype (fp32, bf16 or fp16) unless said otherwise. A device without kernels of its own runs `kernels.reference`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kernels import cpu, reference
+from kernels.backend import Kernels
+from kernels.metadata import AttentionMetadata
+from kernels.operands import Weight
+from kernels.prepared import Prepared
+
+__all__ = [
+    "AttentionMetadata",
+    "Prepared",
+    "add_rms_norm",
+    "attention_metadata",
+    "embedding",
+    "fused_moe",
+    "linear",
+    "paged_attention",
+    "prepare",
+    "rms_norm",
+    "rotary",
+    "rotary_table",
+    "route",
+    "silu_and_mul",
+    "store_kv",
+]
+
+
+def _kernels(device: torch.device) -> Kernels:
+    return cpu if device.type == "cpu" else reference
+
+
+def prepare(weight: Weight, *, dtype: torch.dtype, device: torch.device) -> Prepared:
+    """Bring a weight into the layout that `device` computes with; called once, at load.
+
+    A CPU runs small models, where decoding a matrix in every step would cost more than it saves: weights of every
+    format are decoded once, to dense in `dtype`.
+
+    Args:
+        weight: one matrix (K, N) or stacked experts (E, K, N); see `kernels.operands`.
+        dtype: compute dtype.
+        device: where the products will run.
+
+    Raises:
+        TypeError: not an operand of `kernels.operands`.
+    """
+    return _kernels(device).prepare(weight, dtype=dtype, device=device)
+
+
+def linear(x: Tensor, weight: Prepared) -> Tensor:
+    """``x W^T``: x [T, K], weight (K, N) -> [T, N]."""
+    return _kernels(x.device).linear(x, weight)
+
+
+def embedding(ids: Tensor, table: Tensor, first_row: int) -> Tensor:
+    """Look up a rank's rows of the vocabulary.
+
+    Args:
+        ids: int [T], at least one.
+        table: [rows, H], the rows ``first_row ... first_row + rows - 1`` of the whole table.
+        first_row: see `table`.
+
+    Returns:
+        [T, H]; zeros for ids of other ranks' rows, so that a sum over ranks is the embedding.
+    """
+    return _kernels(table.device).embedding(ids, table, first_row)
+
+
+def route(x: Tensor, gate: Tensor, bias: Tensor | None, *, top_k: int, norm_min: float) -> tuple[Tensor, Tensor]:
+    """Choose experts as ERNIE-4.5 does, all in fp32.
+
+    ``p = softmax(x gate^T)``; the `top_k` largest of ``p + bias`` are chosen, equal ones by lower index; their
+    weights are the unbiased p divided by ``max(sum of the chosen p, norm_min)``.
+
+    Args:
+        x: [T, H].
+        gate: fp32 [E, H].
+        bias: fp32 [E], the correction for balanced load, or None.
+        top_k: experts a token.
+        norm_min: least divisor.
+
+    Returns:
+        weights fp32 [T, top_k] and ids int64 [T, top_k], best first.
+    """
+    return _kernels(x.device).route(x, gate, bias, top_k=top_k, norm_min=norm_min)
+
+
+def fused_moe(x: Tensor, gate_up: Prepared, down: Prepared, weights: Tensor, ids: Tensor) -> Tensor:
+    """Weighted sum of the chosen experts' SwiGLU.
+
+    Args:
+        x: [T, H].
+        gate_up: stacked (E, H, 2I), gate features first. With tensor parallelism I is a rank's share.
+        down: stacked (E, I, H).
+        weights: fp32 [T, k], rounded to the dtype of `x` before use.
+        ids: int64 [T, k], different experts in a row.
+
+    Returns:
+        [T, H]; with tensor parallelism a partial sum.
+    """
+    return _kernels(x.device).fused_moe(x, gate_up, down, weights, ids)
+
+
+def silu_and_mul(x: Tensor) -> Tensor:
+    """``silu(x[:, :I]) * x[:, I:]``: [T, 2I] -> [T, I]."""
+    return _kernels(x.device).silu_and_mul(x)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm over the last dimension, variance in fp32, rounded before `weight` [H] is applied: [T, H] -> [T, H]."""
+    return _kernels(x.device).rms_norm(x, weight, eps)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """``(rms_norm(x + residual), x + residual)``: [T, H] each."""
+    return _kernels(x.device).add_rms_norm(x, residual, weight, eps)
+
+
+def rotary_table(positions: Tensor, inv_freq: Tensor) -> Tensor:
+    """Angles of a step, the same for all its layers.
+
+    Args:
+        positions: int [T].
+        inv_freq: fp32 [D/2], ``theta ** (-2i / D)``.
+
+    Returns:
+        cos and sin of ``position * inv_freq`` in fp32, in the form that `rotary` on this device takes.
+    """
+    return _kernels(positions.device).rotary_table(positions, inv_freq)
+
+
+def rotary(x: Tensor, table: Tensor) -> Tensor:
+    """Rotate the interleaved pairs (2i, 2i+1) of every head, in fp32.
+
+    Args:
+        x: [T, heads, D], query and key heads together if they stand together; D contiguous.
+        table: from `rotary_table`.
+
+    Returns:
+        [T, heads, D] in the dtype of `x`.
+    """
+    return _kernels(x.device).rotary(x, table)
+
+
+def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
+    """Write this step's keys and values into the cache, in place.
+
+    Args:
+        k: [T, Hkv, D].
+        v: [T, Hkv, D].
+        k_cache: [blocks, block_size, Hkv, D].
+        v_cache: likewise.
+        slot_mapping: int64 [T], ``block * block_size + offset``, no slot twice.
+    """
+    _kernels(k.device).store_kv(k, v, k_cache, v_cache, slot_mapping)
+
+
+def attention_metadata(
+    block_tables: np.ndarray,
+    query_start: np.ndarray,
+    context_lens: np.ndarray,
+    *,
+    block_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> AttentionMetadata:
+    """Describe a flat batch to `paged_attention`, once for all layers of a step.
+
+    Args:
+        block_tables: int32 [R, max_blocks].
+        query_start: int32 [R + 1].
+        context_lens: int32 [R].
+        block_size: positions in a block.
+        dtype: compute dtype.
+        device: where the cache is.
+
+    Returns:
+        What `paged_attention` on this device takes; see `kernels.metadata.AttentionMetadata` for the arrays.
+    """
+    return _kernels(device).attention_metadata(
+        block_tables, query_start, context_lens, block_size=block_size, dtype=dtype, device=device
+    )
+
+
+def paged_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, metadata: AttentionMetadata, *, scale: float
+) -> Tensor:
+    """Causal attention of this step's queries over the paged cache; kv head j serves query heads jG ... jG + G - 1.
+
+    Args:
+        q: [T, Hq, D].
+        k_cache: [blocks, block_size, Hkv, D], this step's keys already stored.
+        v_cache: likewise.
+        metadata: from `attention_metadata`, for the same device.
+        scale: factor of the scores, usually ``D ** -0.5``.
+
+    Returns:
+        [T, Hq, D].
+    """
+    return _kernels(q.device).paged_attention(q, k_cache, v_cache, metadata, scale=scale)

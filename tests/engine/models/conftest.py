@@ -1,0 +1,3 @@
+from model_fixtures import random_checkpoint, rank_pool
+
+__all__ = ["random_checkpoint", "rank_pool"]
