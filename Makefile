@@ -9,6 +9,8 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 # Ray reports anonymous usage to its makers unless told otherwise; opting in is the user's choice.
 export RAY_USAGE_STATS_ENABLED ?= 0
+# Ray runs workers at niceness 15; an engine on the CPU would then wait for whatever else the machine does.
+export RAY_worker_niceness ?= 0
 
 .PHONY: help install serve chat test check format bench clean
 

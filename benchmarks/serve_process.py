@@ -86,8 +86,11 @@ class ServeProcess:
     ) -> None:
         self.stop()
 
-    def stop(self, seconds: float = 60.0) -> int:
-        """Press Ctrl-C and wait; returns the exit code. A process that doesn't end is killed, and that is an error."""
+    def stop(self, seconds: float = 150.0) -> int:
+        """Press Ctrl-C and wait; returns the exit code. A process that doesn't end is killed, and that is an error.
+
+        HAProxy may take two minutes to let go of its connections (``RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S``).
+        """
         if self.process is None:
             return 0
         if self.process.poll() is None:

@@ -250,7 +250,7 @@ def _engine_options(options: argparse.Namespace) -> dict[str, Any]:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default = report.ROOT / "examples" / "ernie-tiny" / "bf16"
+    default = report.ROOT / "examples" / "ernie-tiny" / "2bits"
     parser.add_argument("--model", default=str(default), help="model folder, for both sides")
     parser.add_argument("--url", help="a server that runs already; otherwise one is started and stopped")
     parser.add_argument("--served-model-name", help="the model's name at --url")
@@ -273,7 +273,11 @@ def main() -> None:
             model = "benchmark"
             args = {"model": options.model, "served_model_name": model, "engine": _engine_options(options)}
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dibit-benchmark-")))
-            environment = {"RAY_SERVE_ENABLE_HA_PROXY": "1"} if options.haproxy else {}
+            # As `make serve` sets it: Ray's own niceness of 15 would measure what else the machine is doing.
+            environment = {"RAY_worker_niceness": "0"}
+            if options.haproxy:
+                environment["RAY_SERVE_ENABLE_HA_PROXY"] = "1"
+            result["environment"] = environment
             url = stack.enter_context(ServeProcess(args, folder, environment=environment)).url
         elif model is None:
             model = Path(options.model).name

@@ -198,6 +198,8 @@ def _start_ray(plan: ServePlan, *, address: str, verbose: bool) -> None:
             log_to_driver=verbose,
             logging_level=level,
             include_dashboard=False if address == LOCAL else None,
+            # Ray's own is 15: an engine on the CPU would wait for whatever else this machine does.
+            _system_config={"worker_niceness": 0} if address == LOCAL else None,
         )
     except Exception as error:  # Ray raises bare Exception where a process of its own doesn't come up in time
         raise ServeError(f"Ray did not start (address {address!r}): {_last_line(str(error))}") from None
@@ -219,7 +221,7 @@ def _wait_until_running(name: str, model: str, *, status: Status, stop: threadin
             return
         notes = [deployment.message for deployment in application.deployments.values() if deployment.message]
         if application.status is ApplicationStatus.DEPLOY_FAILED:
-            raise ServeError(f"{model} did not come up: {_last_line(' '.join([*notes, application.message]))}")
+            raise ServeError(f"{model} did not come up: {_last_line(' '.join(notes) or application.message)}")
         waiting = "; ".join(_last_line(note) for note in notes)
         seconds = time.monotonic() - started
         status.update(f"Loading {escape(model)}, {seconds:.0f} s {escape(waiting)}")

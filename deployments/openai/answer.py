@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from engine.text import TextDelta
 from starlette.types import Send
 
 from deployments.openai import sse
 from deployments.openai.errors import from_exception
 from deployments.openai.generation import Choice, Collected, Engine, collect, run, usage
 from deployments.openai.http import send_json
+from deployments.openai.pace import Pacer
+from engine.text import TextDelta
 
 
 class Format(Protocol):
@@ -41,10 +42,11 @@ class Job:
     stream: bool
 
 
-async def respond(engine: Engine, job: Job, send: Send) -> None:
+async def respond(engine: Engine, job: Job, send: Send, pacer: Pacer) -> None:
     """Generate and send the answer. Raises only before the response has begun."""
     if job.stream:
-        await _respond_streaming(engine, job, send)
+        with pacer.stream():
+            await _respond_streaming(engine, job, send, pacer)
     else:
         batches = run(engine, job.choices)
         try:
@@ -55,7 +57,7 @@ async def respond(engine: Engine, job: Job, send: Send) -> None:
         await send_json(send, sse.encode(job.format.whole(results, counts)))
 
 
-async def _respond_streaming(engine: Engine, job: Job, send: Send) -> None:
+async def _respond_streaming(engine: Engine, job: Job, send: Send, pacer: Pacer) -> None:
     form = job.format
     batches = run(engine, job.choices)
     try:
@@ -65,10 +67,12 @@ async def _respond_streaming(engine: Engine, job: Job, send: Send) -> None:
         data = form.opening() + b"".join([form.chunk(choice, delta) for choice, delta in batch])
         await send({"type": "http.response.body", "body": data, "more_body": True})
         try:
+            await pacer.pause()
             async for batch in batches:
                 data = b"".join([form.chunk(choice, delta) for choice, delta in batch])
                 if data:
                     await send({"type": "http.response.body", "body": data, "more_body": True})
+                    await pacer.pause()
             data = form.closing(usage(job.choices, job.choices_per_prompt)) + sse.DONE
         except Exception as error:
             data = sse.event(from_exception(error).body())

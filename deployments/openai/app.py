@@ -6,7 +6,6 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 
-from engine.tokenizer import Tokenizer
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -28,8 +27,10 @@ from deployments.openai.http import (
     until_disconnect,
 )
 from deployments.openai.models import check_model, model_card
+from deployments.openai.pace import Pacer
 from deployments.openai.prompts import Prompts
 from deployments.openai.sse import encode
+from engine.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +40,11 @@ Prepare = Callable[[bytes, Engine, Prompts], Awaitable[Job]]
 class GenerationEndpoint:
     """An ASGI endpoint that reads a request, validates it whole, then generates."""
 
-    def __init__(self, engine: Engine, prompts: Prompts, prepare: Prepare, *, max_body_bytes: int) -> None:
+    def __init__(
+        self, engine: Engine, prompts: Prompts, prepare: Prepare, *, pacer: Pacer, max_body_bytes: int
+    ) -> None:
         self._engine = engine
+        self._pacer = pacer
         self._prompts = prompts
         self._prepare = prepare
         self._max_body_bytes = max_body_bytes
@@ -60,7 +64,7 @@ class GenerationEndpoint:
     async def _serve(self, body: bytes, send: Send) -> None:
         try:
             job = await self._prepare(body, self._engine, self._prompts)
-            await respond(self._engine, job, send)
+            await respond(self._engine, job, send, self._pacer)
         except Exception as error:
             await send_error(send, from_exception(error))
 
@@ -80,9 +84,10 @@ def create_app(
         on_shutdown: awaited when the server ends.
     """
     prompts = Prompts(tokenizer)
+    pacer = Pacer()
 
     def generation(path: str, prepare: Prepare) -> Route:
-        endpoint = GenerationEndpoint(engine, prompts, prepare, max_body_bytes=max_body_bytes)
+        endpoint = GenerationEndpoint(engine, prompts, prepare, pacer=pacer, max_body_bytes=max_body_bytes)
         return Route(path, endpoint, methods=["POST"])
 
     async def models(_: Request) -> Response:

@@ -8,6 +8,7 @@ import shutil
 from dataclasses import fields
 from pathlib import Path
 
+import decode
 import tokenizer
 import torch
 from model import Ernie, Shape
@@ -83,10 +84,14 @@ def save(model: Ernie, folder: Path, *, pieces: bytes) -> None:
 
 
 def load(folder: Path) -> Ernie:
-    """Read a folder that `save` wrote, weights in fp32."""
+    """Read a folder that `save` or quantize.py wrote, weights in fp32."""
     values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     values["rope_theta"] = values["rope_parameters"]["rope_theta"]
     shape = Shape(**{field.name: values[field.name] for field in fields(Shape)})
+    model = Ernie(shape)
+    if "quantization_config" in values:
+        model.load_state_dict(decode.tensors(folder))
+        return model
     named = load_file(folder / "model.safetensors")
     for layer in range(shape.moe_layer_start_index, shape.num_hidden_layers):
         prefix = f"model.layers.{layer}.mlp.experts."
@@ -96,6 +101,5 @@ def load(folder: Path) -> Ernie:
         ]
         named[f"{prefix}gate_up_proj"] = torch.stack([torch.cat((e["gate"], e["up"])) for e in experts])
         named[f"{prefix}down_proj"] = torch.stack([e["down"] for e in experts])
-    model = Ernie(shape)
     model.load_state_dict(named)
     return model

@@ -88,7 +88,7 @@ def application(ray_cluster: None) -> Callable[..., Any]:
     from deployments.pool import engines
 
     @contextmanager
-    def run(name: str, *, model: Path = TINY, **pool: Any) -> Iterator[Any]:
+    def run(name: str, *, model: Path = TINY, keep_failed: bool = False, **pool: Any) -> Iterator[Any]:
         args = {
             "model": str(model),
             "engine": ENGINE,
@@ -96,10 +96,14 @@ def application(ray_cluster: None) -> Callable[..., Any]:
             "health": {"check_period_s": 1.0, "drain_timeout_s": 5.0},
         }
         config = AppConfig.parse(args)
+        up = False
         try:
-            yield serve.run(Probe.bind(engines(config, config.pools[0])), name=name, route_prefix=None)
+            handle = serve.run(Probe.bind(engines(config, config.pools[0])), name=name, route_prefix=None)
+            up = True
+            yield handle
         finally:
-            serve.delete(name)
+            if up or not keep_failed:
+                serve.delete(name)
 
     return run
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 from conftest import ENGINE, TINY
 from probe import greedy
+from ray import serve
 from ray.exceptions import RayTaskError
 
 from engine import LLM, SamplingParams
@@ -77,5 +79,8 @@ def test_a_model_that_cannot_be_loaded_is_one_clear_message(application: Callabl
     for file in TINY.iterdir():
         content = file.read_bytes()
         (tmp_path / file.name).write_bytes(content[:5000] if file.suffix == ".safetensors" else content)
-    with pytest.raises(RuntimeError, match=r"model\.safetensors"), application("broken", model=tmp_path):
+    with pytest.raises(RuntimeError, match="broken"), application("broken", model=tmp_path, keep_failed=True):
         pass
+    message = serve.status().applications["broken"].deployments["EngineReplica-broken"].message
+    serve.delete("broken")
+    assert re.search(r"CheckpointError.*model\.safetensors", message)
