@@ -22,7 +22,8 @@ def invitation(served_model_name: str, *, host: str, port: int, prefix: str) -> 
     if host in ("0.0.0.0", "::", ""):
         host = "127.0.0.1"
     url = f"http://{host}:{port}{prefix.rstrip('/')}/v1"
-    body = json.dumps({"model": served_model_name, "messages": [{"role": "user", "content": "Hello!"}]})
+    messages = [{"role": "user", "content": "Who are you?"}]
+    body = json.dumps({"model": served_model_name, "messages": messages, "temperature": 0})
     return (
         f"{served_model_name} is ready at {url}\n"
         f"try: curl {url}/chat/completions -H 'Content-Type: application/json' -d '{body}'"
