@@ -74,7 +74,7 @@ def warn_of_missing_resources(pool: PoolConfig) -> None:
     """Warn at once where Serve would wait in silence for resources. Not an error: nodes may be on their way."""
     if not ray.is_initialized():
         return
-    lacking = missing(pool, ray.cluster_resources())  # type: ignore[no-untyped-call]
+    lacking = missing(pool, ray.cluster_resources())  # type: ignore[no-untyped-call]  # Ray's
     if lacking:
         log_to_stderr()
         logger.warning("%s; waiting until such nodes join", lacking)

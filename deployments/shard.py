@@ -73,7 +73,7 @@ class Shard:
 
     async def meeting(self) -> Meeting:
         """Shard 0: open the control channel, and say where the others find it."""
-        host = str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+        host = str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]  # Ray's
         self._control = ControlChannel(host, self._config.tensor_parallel_size)
         return Meeting(rendezvous=free_address(host), control=self._control.address)
 

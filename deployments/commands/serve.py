@@ -239,7 +239,7 @@ def _stop_ray(*, own_cluster: bool, name: str) -> None:
         return
     with suppress(Exception):  # a cluster that is already gone has nothing left to stop
         if own_cluster:
-            serve.shutdown()  # type: ignore[no-untyped-call]
+            serve.shutdown()  # type: ignore[no-untyped-call]  # Ray's own lack of types
         else:
             serve.delete(name)
     ray.shutdown()

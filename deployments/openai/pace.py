@@ -8,8 +8,7 @@ from contextlib import contextmanager
 
 SECONDS_PER_STREAM = 2e-3
 """Each further stream lengthens the pause of all by this much, so an ingress process writes about 500 chunks a second
-while it has up to 29. A chunk costs the proxy about as much whether it holds one token or five, and tokens that
-come during a pause wait together."""
+while it has up to 29. Tokens that come during a pause travel in one chunk: fewer messages through Serve's proxy."""
 
 UNPACED_STREAMS = 4
 """So many streams write every token the moment it comes."""

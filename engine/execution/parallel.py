@@ -71,7 +71,11 @@ class TensorParallelGroup:
             raise EngineDeadError(f"rank {self.rank} could not join the others at {rendezvous}: {error}") from error
         self._connected = True
 
-    def _wait_for_all(self, store: dist.Store, check: Callable[[], None] | None) -> None:  # type: ignore[name-defined]
+    def _wait_for_all(
+        self,
+        store: dist.Store,  # type: ignore[name-defined]  # public as well, and as little exported
+        check: Callable[[], None] | None,
+    ) -> None:
         """Until every rank is here. The group's own timeout is short: times of loading must not count towards it."""
         store.set(f"loaded/{self.rank}", "1")
         loaded = [f"loaded/{rank}" for rank in range(self.world_size)]

@@ -31,7 +31,7 @@ def test_the_choice_is_least_loaded_and_does_not_depend_on_the_order(engines: li
         return engine.load.waiting_requests + engine.load.running_requests + engine.unseen
 
     assert outstanding(chosen) == min(map(outstanding, engines))
-    random.shuffle(engines)  # type: ignore[attr-defined]
+    random.shuffle(engines)
     assert choose(engines) == chosen
 
 
