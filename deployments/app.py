@@ -11,8 +11,8 @@ from deployments.ingress import Ingress
 from deployments.pool import engines, scaling, warn_of_missing_resources
 
 TARGET_REQUESTS = 64
-"""Requests for each ingress process that Serve aims at when it may add processes. An estimate: so far no more than 32 at
-once have been measured, on one process."""
+"""Requests for each ingress process that Serve aims at when it may add processes. An estimate: so far no more than 32
+at once have been measured, on one process."""
 
 
 def build(args: dict[str, Any]) -> Application:

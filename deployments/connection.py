@@ -23,8 +23,8 @@ UNREAD_ITEMS = 8
 """Items the engine sends ahead of the reader; beyond that it merges steps."""
 
 LEASE_AFTER_S = 0.1
-"""Age at which a request gets its lease. Opening one is work for three processes, just when the first token is due; and a
-request that is over sooner needs none."""
+"""Age at which a request gets its lease. Opening one is work for three processes, just when the first token is due; and
+a request that is over sooner needs none."""
 
 _Lease = asyncio.TimerHandle | DeploymentResponse[Any] | DeploymentResponseGenerator[Any]
 """A lease, or the timer that will open it; both can be cancelled."""

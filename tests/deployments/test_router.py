@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from random import Random
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,7 +25,7 @@ def candidates() -> st.SearchStrategy[list[Candidate]]:
 
 @given(candidates(), st.randoms())
 @settings(deadline=None)
-def test_the_choice_is_least_loaded_and_does_not_depend_on_the_order(engines: list[Candidate], random: object) -> None:
+def test_the_choice_is_least_loaded_and_does_not_depend_on_the_order(engines: list[Candidate], random: Random) -> None:
     chosen = choose(engines)
 
     def outstanding(engine: Candidate) -> int:
