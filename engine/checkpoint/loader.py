@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +17,8 @@ from engine.checkpoint.reader import FLOATS, CheckpointReader
 from engine.config import ModelConfig
 from engine.errors import CheckpointError, ConfigError, UnsupportedError
 from engine.quantization.bf16 import Bf16
-from engine.quantization.config import QuantizationConfig
+from engine.quantization.config import Part, QuantizationConfig
 from engine.quantization.format import RowOrder, WeightFormat
-from engine.quantization.registry import format_class
 from engine.quantization.wint2 import ROW_ORDER_ADVICE
 from kernels.operands import DenseWeight, Weight
 
@@ -61,11 +61,12 @@ class ShardedWeights:
     ) -> None:
         self._config = config
         self._quantization = QuantizationConfig.from_json(config.quantization)
+        if row_order is not None:
+            self._quantization = self._quantization.with_row_order(row_order)
         check_size(config, self._quantization, world_size)
         self._partition = Partition(config, rank, world_size)
         self._dtype = dtype
         self._device = device
-        self._row_order = row_order or self._quantization.row_order
         self._progress = progress
         self._reader = CheckpointReader(folder)
         self._naming = names.detect(self._reader)
@@ -110,20 +111,20 @@ class ShardedWeights:
 
     def qkv(self, layer: int) -> Weight:
         """The joint projection of attention, N = [q | k | v] of this rank's heads."""
-        return self._dense(f"layers.{layer}.self_attn.qkv_proj", self._partition.qkv())
+        return self._matrix("attention", layer, "self_attn.qkv_proj", self._partition.qkv())
 
     def attention_output(self, layer: int) -> Weight:
         """The output projection of attention, K cut to this rank's heads."""
         heads_width = self._config.num_attention_heads * self._config.head_dim
-        return self._dense(f"layers.{layer}.self_attn.o_proj", self._partition.rows(heads_width))
+        return self._matrix("attention", layer, "self_attn.o_proj", self._partition.rows(heads_width))
 
     def gate_up(self, layer: int, *, shared: bool = False) -> Weight:
         """The first projection of the dense MLP (or of the shared experts), N = [gate | up] of this rank."""
-        return self._dense(_mlp(layer, "up_gate_proj", shared), self._partition.gate_up(self._width(shared)))
+        return self._mlp(layer, "up_gate_proj", shared, self._partition.gate_up(self._width(shared)))
 
     def down(self, layer: int, *, shared: bool = False) -> Weight:
         """The second projection of the dense MLP (or of the shared experts), K cut."""
-        return self._dense(_mlp(layer, "down_proj", shared), self._partition.rows(self._width(shared)))
+        return self._mlp(layer, "down_proj", shared, self._partition.rows(self._width(shared)))
 
     def router(self, layer: int) -> tuple[Tensor, Tensor | None]:
         """The router's gate, fp32 [E, H], and its correction bias, fp32 [E], where the checkpoint has one."""
@@ -160,26 +161,31 @@ class ShardedWeights:
         self._reader.close()
 
     def _check_quantization(self) -> None:
-        moe_layers = [layer for layer in range(self._config.num_hidden_layers) if self._config.is_moe_layer(layer)]
-        formats = {self._quantization.dense} | {self._quantization.expert_format(layer) for layer in moe_layers}
-        if formats != {Bf16.name} and not self._naming.fused:
+        formats = {rule.format.name for rule in self._quantization.rules} - {Bf16.name}
+        if formats and not self._naming.fused:
             raise UnsupportedError(
-                f"{self._reader.folder}: quantized weights ({', '.join(sorted(formats - {Bf16.name}))}) under "
+                f"{self._reader.folder}: quantized weights ({', '.join(sorted(formats))}) under "
                 f"{self._naming.kind} names; quantized checkpoints are supported under Paddle names"
             )
-        if "wint2" in formats and self._row_order is None:
+        if not self._quantization.row_order_known:
             raise ConfigError(
                 f"{self._reader.folder} holds WINT2 experts and its config.json does not say their row order. "
                 f"{ROW_ORDER_ADVICE}"
             )
 
-    def _dense(self, module: str, cut: MatrixCut) -> Weight:
-        weight = self._matrices.matrix(module, self._format(self._quantization.dense), cut)
+    def _matrix(self, part: Part, layer: int, projection: str, cut: MatrixCut) -> Weight:
+        module = f"layers.{layer}.{projection}"
+        weight = self._matrices.matrix(module, self._format(part, layer), cut)
         self._report(module)
         return weight
 
+    def _mlp(self, layer: int, projection: str, shared: bool, cut: MatrixCut) -> Weight:
+        if shared:
+            return self._matrix("shared_experts", layer, f"mlp.shared_experts.{projection}", cut)
+        return self._matrix("mlp", layer, f"mlp.{projection}", cut)
+
     def _stacked(self, layer: int, projection: str, cut: MatrixCut) -> Weight:
-        weight_format = self._format(self._quantization.expert_format(layer))
+        weight_format = self._format("experts", layer)
         prefix = f"layers.{layer}.mlp.experts"
         modules = [f"{prefix}.{expert}.{projection}" for expert in range(self._experts())]
         weight = self._matrices.stack(modules, weight_format, cut)
@@ -212,8 +218,8 @@ class ShardedWeights:
     def _arrive(self, view: Tensor, dtype: torch.dtype) -> Tensor:
         return view.to(self._device, dtype, copy=True).contiguous()
 
-    def _format(self, name: str) -> WeightFormat:
-        return format_class(name)(dtype=self._dtype, row_order=self._row_order)
+    def _format(self, part: Part, layer: int) -> WeightFormat:
+        return dataclasses.replace(self._quantization.format(part, layer), dtype=self._dtype)
 
     def _width(self, shared: bool) -> int:
         if not shared:
@@ -229,7 +235,3 @@ class ShardedWeights:
     def _report(self, what: str) -> None:
         if self._progress is not None:
             self._progress(what, self._bytes_done, self._bytes_total)
-
-
-def _mlp(layer: int, projection: str, shared: bool) -> str:
-    return f"layers.{layer}.mlp.{'shared_experts.' if shared else ''}{projection}"

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from engine.config import ModelConfig
 from engine.errors import UnsupportedError
-from engine.quantization.config import QuantizationConfig
-from engine.quantization.format import Span
-from engine.quantization.registry import format_class
+from engine.quantization.config import Part, QuantizationConfig
+from engine.quantization.format import Span, WeightFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,17 +95,25 @@ def _obstacles(config: ModelConfig, quantization: QuantizationConfig, size: int)
         yield f"num_attention_heads {heads} is not a multiple of it"
     if kv_heads % size and size % kv_heads:
         yield f"num_key_value_heads {kv_heads} is neither a multiple nor a divisor of it"
-    moe_layers = [layer for layer in range(config.num_hidden_layers) if config.is_moe_layer(layer)]
-    cuts = [("num_attention_heads * head_dim", heads * config.head_dim, quantization.dense)]
-    if len(moe_layers) < config.num_hidden_layers:
-        cuts.append(("intermediate_size", config.intermediate_size, quantization.dense))
+    layers = range(config.num_hidden_layers)
+    dense_layers = [layer for layer in layers if not config.is_moe_layer(layer)]
+    moe_layers = [layer for layer in layers if config.is_moe_layer(layer)]
+    cuts = [("num_attention_heads * head_dim", heads * config.head_dim, _formats(quantization, "attention", layers))]
+    if dense_layers:
+        cuts.append(("intermediate_size", config.intermediate_size, _formats(quantization, "mlp", dense_layers)))
     if config.moe and moe_layers:
-        formats = sorted({quantization.expert_format(layer) for layer in moe_layers})
-        cuts += [("moe_intermediate_size", config.moe.intermediate_size, name) for name in formats]
-        if config.moe.num_shared_experts:
-            cuts.append(("the shared experts' width", config.moe.shared_intermediate_size, quantization.dense))
-    for what, rows, name in cuts:
-        tile = format_class(name).row_tile
-        if rows % (size * tile):
-            unit = f"{tile} rows of {name}" if tile > 1 else "one row"
-            yield f"{what} {rows} does not divide into {size} parts that are multiples of {unit}"
+        moe = config.moe
+        cuts.append(("moe_intermediate_size", moe.intermediate_size, _formats(quantization, "experts", moe_layers)))
+        if moe.num_shared_experts:
+            formats = _formats(quantization, "shared_experts", moe_layers)
+            cuts.append(("the shared experts' width", moe.shared_intermediate_size, formats))
+    for what, rows, formats in cuts:
+        for weight_format in formats:
+            tile = weight_format.row_tile
+            if rows % (size * tile):
+                unit = f"{tile} rows of {weight_format.name}" if tile > 1 else "one row"
+                yield f"{what} {rows} does not divide into {size} parts that are multiples of {unit}"
+
+
+def _formats(quantization: QuantizationConfig, part: Part, layers: Iterable[int]) -> list[WeightFormat]:
+    return sorted({quantization.format(part, layer) for layer in layers}, key=lambda f: f.name)

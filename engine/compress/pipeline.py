@@ -17,8 +17,11 @@ from engine.compress import ccq, rtn
 from engine.compress.packed import PackedWeight
 from engine.config import ModelConfig
 from engine.errors import CheckpointError, ConfigError, UnsupportedError
-from engine.quantization.config import LayerFormat, QuantizationConfig
-from engine.quantization.format import RowOrder
+from engine.quantization.config import QuantizationConfig, Rule
+from engine.quantization.format import RowOrder, WeightFormat
+from engine.quantization.wint2 import Wint2
+from engine.quantization.wint4 import Wint4
+from engine.quantization.wint8 import Wint8
 from kernels.operands import DenseWeight, Weight
 
 ATTENDANTS = ("*token*", "*vocab*", "merges.txt", "*.model", "*.jinja", "generation_config.json", "LICENSE*")
@@ -78,10 +81,12 @@ def two_bit_plan(config: ModelConfig, *, wint4_layers: int = 1, row_order: RowOr
             f"{wint4_layers} WINT4 layers in a model with {len(layers)} MoE layers; expected 1 to {len(layers) - 1}"
         )
     last_w4 = layers[wint4_layers - 1]
-    return QuantizationConfig(
-        dense="wint8",
-        experts=(LayerFormat("wint4", 0, last_w4), LayerFormat("wint2", last_w4 + 1, layers[-1])),
-        row_order=row_order,
+    return QuantizationConfig.of(
+        dense=Wint8(),
+        experts=(
+            Rule("experts", Wint4(), 0, last_w4),
+            Rule("experts", Wint2(row_order), last_w4 + 1, layers[-1]),
+        ),
     )
 
 
@@ -120,7 +125,7 @@ def quantize_folder(
             for name, tensor in _unquantized(weights, config):
                 writer.add(PADDLE.name(name), tensor)
             for group, module, weight, weight_format in _matrices(weights, config, plan):
-                packed = _encode(module, weight, weight_format, plan)
+                packed = _encode(module, weight, weight_format)
                 for suffix, tensor in packed.tensors.items():
                     writer.add(f"{PADDLE.name(module)}.{suffix}", tensor)
                 report.add(group, weight, packed)
@@ -155,25 +160,27 @@ def _unquantized(weights: ShardedWeights, config: ModelConfig) -> Iterator[tuple
 
 def _matrices(
     weights: ShardedWeights, config: ModelConfig, plan: QuantizationConfig
-) -> Iterator[tuple[str, str, Tensor, str]]:
+) -> Iterator[tuple[str, str, Tensor, WeightFormat]]:
     """(group, module, weight [out, in], format) of every matrix to quantize; one layer's experts are in memory."""
     for layer in range(config.num_hidden_layers):
         prefix = f"layers.{layer}"
-        yield "attention", f"{prefix}.self_attn.qkv_proj", _dense(weights.qkv(layer)), plan.dense
-        yield "attention", f"{prefix}.self_attn.o_proj", _dense(weights.attention_output(layer)), plan.dense
+        yield "attention", f"{prefix}.self_attn.qkv_proj", _dense(weights.qkv(layer)), plan.format("attention", layer)
+        output = _dense(weights.attention_output(layer))
+        yield "attention", f"{prefix}.self_attn.o_proj", output, plan.format("attention", layer)
         if config.moe is None or not config.is_moe_layer(layer):
-            yield "dense MLP", f"{prefix}.mlp.up_gate_proj", _dense(weights.gate_up(layer)), plan.dense
-            yield "dense MLP", f"{prefix}.mlp.down_proj", _dense(weights.down(layer)), plan.dense
+            yield "dense MLP", f"{prefix}.mlp.up_gate_proj", _dense(weights.gate_up(layer)), plan.format("mlp", layer)
+            yield "dense MLP", f"{prefix}.mlp.down_proj", _dense(weights.down(layer)), plan.format("mlp", layer)
             continue
-        expert_format = plan.expert_format(layer)
+        expert_format = plan.format("experts", layer)
         for projection, read in (("up_gate_proj", weights.expert_gate_up), ("down_proj", weights.expert_down)):
             for expert, weight in enumerate(_dense(read(layer))):
                 yield "routed experts", f"{prefix}.mlp.experts.{expert}.{projection}", weight, expert_format
         if config.moe.num_shared_experts:
+            shared_format = plan.format("shared_experts", layer)
             up = _dense(weights.gate_up(layer, shared=True))
-            yield "shared experts", f"{prefix}.mlp.shared_experts.up_gate_proj", up, plan.dense
+            yield "shared experts", f"{prefix}.mlp.shared_experts.up_gate_proj", up, shared_format
             down = _dense(weights.down(layer, shared=True))
-            yield "shared experts", f"{prefix}.mlp.shared_experts.down_proj", down, plan.dense
+            yield "shared experts", f"{prefix}.mlp.shared_experts.down_proj", down, shared_format
 
 
 def _count_weights(config: ModelConfig) -> int:
@@ -189,17 +196,17 @@ def _count_weights(config: ModelConfig) -> int:
     return total
 
 
-def _encode(module: str, weight: Tensor, weight_format: str, plan: QuantizationConfig) -> PackedWeight:
+def _encode(module: str, weight: Tensor, weight_format: WeightFormat) -> PackedWeight:
     if not weight.isfinite().all():
         raise CheckpointError(f"{module} holds values that are not finite; it can't be quantized")
     match weight_format:
-        case "wint8":
+        case Wint8():
             return rtn.quantize(weight, bits=8)
-        case "wint4":
+        case Wint4():
             return rtn.quantize(weight, bits=4)
-        case "wint2":
-            return ccq.quantize(weight, row_order=plan.row_order or "plain")
-    raise UnsupportedError(f"there is no encoder for {weight_format!r}; there are wint8, wint4, wint2")
+        case Wint2(row_order):
+            return ccq.quantize(weight, row_order=row_order or "plain")
+    raise UnsupportedError(f"there is no encoder for {weight_format.name!r}; there are wint8, wint4, wint2")
 
 
 def _dense(weight: Weight) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from engine.checkpoint import paddle_layout
 from engine.compress.packed import PackedWeight
-from engine.quantization.registry import format_class
+from engine.quantization.registry import make_format
 
 _LARGEST = {8: 127, 4: 7}
 
@@ -29,7 +29,7 @@ def quantize(weight: Tensor, hessian: Tensor | None = None, *, bits: Literal[4, 
         UnsupportedError: the shape has no Paddle layout.
     """
     out_features, in_features = weight.shape
-    weight_format = format_class(f"wint{bits}")()
+    weight_format = make_format(f"wint{bits}")
     weight_format.tensors(in_features, out_features)
     largest = _LARGEST[bits]
     full = weight.float()

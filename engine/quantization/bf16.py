@@ -16,7 +16,11 @@ class Bf16(WeightFormat):
     """``weight`` [K, N]; the loader hands a torch linear [out, in] over as its transposed view."""
 
     name: ClassVar[str] = "bf16"
-    row_tile: ClassVar[int] = 1
+
+    @property
+    def row_tile(self) -> int:
+        """Any row."""
+        return 1
 
     def tensors(self, k: int, n: int) -> dict[str, TensorSpec]:
         """``weight`` [K, N], bf16, fp16 or fp32."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -40,18 +40,20 @@ class TensorSpec:
 class WeightFormat(ABC):
     """How a matrix W [K, N] (K input, N output features) stands in a checkpoint, in Paddle's orientation.
 
+    A value: its fields are the format's options, as ``quantization_config`` may give them.
     A format's tensors go by suffix: ``{"quant_weight": ..., "weight_scale": ...}``. They may be views of a mapped file;
     every result is a copy that the file can be closed under.
     """
 
     name: ClassVar[str]
-    row_tile: ClassVar[int]
-    """K can be cut at multiples of this many rows. Columns can be cut anywhere."""
 
-    dtype: torch.dtype = torch.bfloat16
-    """Dtype in which unquantized weights arrive, and dequantized ones."""
-    row_order: RowOrder | None = None
-    """Row order of WINT2; other formats have only one."""
+    dtype: torch.dtype = field(default=torch.bfloat16, kw_only=True)
+    """Dtype in which unquantized weights arrive, and dequantized ones. Not an option of the checkpoint."""
+
+    @property
+    @abstractmethod
+    def row_tile(self) -> int:
+        """K can be cut at multiples of this many rows. Columns can be cut anywhere."""
 
     @abstractmethod
     def tensors(self, k: int, n: int) -> dict[str, TensorSpec]:

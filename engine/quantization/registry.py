@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from engine.errors import UnsupportedError
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from engine.errors import ConfigError, UnsupportedError
 from engine.quantization.bf16 import Bf16
 from engine.quantization.format import WeightFormat
 from engine.quantization.wint2 import Wint2
@@ -12,9 +16,28 @@ from engine.quantization.wint8 import Wint8
 FORMATS: dict[str, type[WeightFormat]] = {cls.name: cls for cls in (Bf16, Wint8, Wint4, Wint2)}
 
 
-def format_class(name: str) -> type[WeightFormat]:
-    """The class of a format. Raises UnsupportedError, which lists the formats, if there is none of that name."""
-    try:
-        return FORMATS[name]
-    except KeyError:
-        raise UnsupportedError(f"weight format {name!r} is not supported; supported: {', '.join(FORMATS)}") from None
+def make_format(name: str, options: Mapping[str, Any] | None = None) -> WeightFormat:
+    """A format from its name and its options, as they stand in JSON.
+
+    Raises:
+        UnsupportedError: there is none of that name (the message lists those there are), or it can't do a value.
+        ConfigError: it has no option of that name, or a value is of the wrong type.
+    """
+    if name not in FORMATS:
+        raise UnsupportedError(f"weight format {name!r} is not supported; supported: {', '.join(FORMATS)}")
+    cls = FORMATS[name]
+    known = option_names(cls)
+    for option in options or {}:
+        if option not in known:
+            raise ConfigError(f"weight format {name} has no option {option!r}; it has: {', '.join(known) or 'none'}")
+    return cls(**(options or {}))
+
+
+def format_options(weight_format: WeightFormat) -> dict[str, Any]:
+    """The options of a format for JSON; ``make_format(f.name, format_options(f)) == f``."""
+    return {name: getattr(weight_format, name) for name in option_names(type(weight_format))}
+
+
+def option_names(cls: type[WeightFormat]) -> list[str]:
+    """The names of a format's options."""
+    return [field.name for field in fields(cls) if field.name != "dtype"]

@@ -11,6 +11,7 @@ a column. The arithmetic (``kernels.reference.dequantize``) is that of FastDeplo
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -21,6 +22,7 @@ from engine.quantization.format import RowOrder, Span, TensorSpec, WeightFormat
 from kernels.operands import CcqWeight
 from kernels.reference.dequantize import dequantize as dequantize_operand
 
+ROW_ORDERS = ("plain", "permuted")
 GROUP_ROWS = 64
 WORD_ROWS = 4
 ROW_ORDER_ADVICE = (
@@ -85,11 +87,23 @@ def pack_scales(scales: Tensor) -> Tensor:
     return (scales[..., ::2, :] << 4) | scales[..., 1::2, :]
 
 
+@dataclass(frozen=True, slots=True)
 class Wint2(WeightFormat):
     """``quant_weight`` [K/4, N], ``weight_scale`` [K/128, N], ``super_scales``, ``code_scale``, ``code_zp`` [N]."""
 
     name: ClassVar[str] = "wint2"
-    row_tile: ClassVar[int] = GROUP_ROWS
+
+    row_order: RowOrder | None = None
+    """None: not known (yet)."""
+
+    def __post_init__(self) -> None:
+        if self.row_order is not None and self.row_order not in ROW_ORDERS:
+            raise ConfigError(f"row_order is {self.row_order!r}; expected one of {', '.join(ROW_ORDERS)}")
+
+    @property
+    def row_tile(self) -> int:
+        """A group of rows has one scale."""
+        return GROUP_ROWS
 
     def tensors(self, k: int, n: int) -> dict[str, TensorSpec]:
         """Needs K in multiples of 64; an odd number of groups leaves the last nibble of ``weight_scale`` unused."""

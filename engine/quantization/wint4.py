@@ -27,7 +27,11 @@ class Wint4(WeightFormat):
     """``quant_weight`` [N/2, K] (a label: the nibbles are interleaved), ``weight_scale`` [N]."""
 
     name: ClassVar[str] = "wint4"
-    row_tile: ClassVar[int] = 2  # the operand holds two rows in a byte
+
+    @property
+    def row_tile(self) -> int:
+        """The operand holds two rows in a byte."""
+        return 2
 
     def tensors(self, k: int, n: int) -> dict[str, TensorSpec]:
         """Needs K in multiples of 64 and N of 4."""

@@ -27,7 +27,11 @@ class Wint8(WeightFormat):
     """``quant_weight`` [N, K] (a label: the bytes are interleaved), ``weight_scale`` [N]."""
 
     name: ClassVar[str] = "wint8"
-    row_tile: ClassVar[int] = 1
+
+    @property
+    def row_tile(self) -> int:
+        """Any row: tiles are taken apart."""
+        return 1
 
     def tensors(self, k: int, n: int) -> dict[str, TensorSpec]:
         """Needs K in multiples of 64 and N of 2."""

@@ -17,7 +17,6 @@ from engine.compress.pipeline import quantize_folder, two_bit_plan
 from engine.config import ModelConfig
 from engine.errors import CheckpointError, ConfigError, UnsupportedError
 from engine.quantization.config import QuantizationConfig
-from engine.quantization.registry import format_class
 from kernels.operands import CcqWeight, Int4Weight, Int8Weight, Weight
 from kernels.reference.dequantize import dequantize
 
@@ -119,10 +118,10 @@ def expected_of_paddle(tensors: dict[str, Tensor], config: ModelConfig) -> dict[
         elif suffix == "quant_weight":
             layer = int(ours.split(".")[1])
             routed = ".experts." in ours
-            weight_format = format_class(quantization.expert_format(layer) if routed else quantization.dense)
+            weight_format = quantization.format("experts" if routed else "attention", layer)
             prefix = name.removesuffix(suffix)
             matrix = {other.removeprefix(prefix): t for other, t in tensors.items() if other.startswith(prefix)}
-            whole[ours] = weight_format(row_order=quantization.row_order).dequantize(matrix).T
+            whole[ours] = weight_format.dequantize(matrix).T
     return whole
 
 

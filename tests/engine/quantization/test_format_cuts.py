@@ -13,7 +13,7 @@ from torch import Tensor
 
 from engine.errors import ConfigError, UnsupportedError
 from engine.quantization.format import Span, TensorSpec, WeightFormat
-from engine.quantization.registry import FORMATS, format_class
+from engine.quantization.registry import FORMATS, make_format
 from engine.quantization.wint2 import pack_scales, unpack_scales
 from kernels.operands import CcqWeight
 from kernels.reference.dequantize import dequantize
@@ -41,6 +41,10 @@ def dense(weight_format: WeightFormat, tensors: dict[str, Tensor], rows: Span, c
     return dequantize(weight_format.load(tensors, rows=rows, columns=columns), torch.bfloat16).T
 
 
+def some_format(name: str, row_order: str = "permuted") -> WeightFormat:
+    return make_format(name, {"row_order": row_order} if name == "wint2" else {})
+
+
 def cuts(length: int, unit: int) -> st.SearchStrategy[list[int]]:
     """Sorted cut points of 0..length at multiples of ``unit``, both ends included."""
     inner = st.sets(st.integers(0, length // unit), max_size=4)
@@ -50,7 +54,7 @@ def cuts(length: int, unit: int) -> st.SearchStrategy[list[int]]:
 @st.composite
 def matrices(draw: st.DrawFn) -> tuple[WeightFormat, int, int, list[int], list[int]]:
     row_order = draw(st.sampled_from(["plain", "permuted"]))
-    weight_format = format_class(draw(st.sampled_from(sorted(FORMATS))))(row_order=row_order)  # type: ignore[arg-type]
+    weight_format = some_format(draw(st.sampled_from(sorted(FORMATS))), row_order)
     k, n = 64 * draw(st.integers(1, 6)), 4 * draw(st.integers(1, 6))
     return weight_format, k, n, draw(cuts(k, weight_format.row_tile)), draw(cuts(n, 1))
 
@@ -76,7 +80,7 @@ def test_pieces_are_cuts_of_the_dequantized_matrix_and_join_to_the_whole(
 @settings(deadline=None, max_examples=50)
 @given(name=st.sampled_from(sorted(FORMATS)), world=st.sampled_from([1, 2, 4]), seed=st.integers(0, 99))
 def test_halves_of_a_fused_matrix_are_cut_apart(name: str, world: int, seed: int) -> None:
-    weight_format = format_class(name)(row_order="permuted")
+    weight_format = some_format(name)
     k, half = 128, 24
     tensors = random_matrix(weight_format, k, 2 * half, seed=seed)
     whole = weight_format.dequantize(tensors)
@@ -102,7 +106,7 @@ def test_scale_pairs_pack_and_unpack(groups: int, columns: int, seed: int) -> No
 
 def test_parts_do_not_share_memory_with_the_file() -> None:
     for name in FORMATS:
-        weight_format = format_class(name)(row_order="plain")
+        weight_format = some_format(name)
         tensors = random_matrix(weight_format, 128, 8, seed=1)
         part = weight_format.load(tensors, rows=Span(0, 128), columns=[Span(0, 8)])
         before = dequantize(part, torch.float32).clone()
@@ -112,7 +116,7 @@ def test_parts_do_not_share_memory_with_the_file() -> None:
 
 
 def test_wint2_keeps_its_bytes_packed() -> None:
-    weight_format = format_class("wint2")(row_order="permuted")
+    weight_format = some_format("wint2")
     part = weight_format.load(random_matrix(weight_format, 256, 8, seed=0), rows=Span(64, 256), columns=[Span(2, 7)])
     assert isinstance(part, CcqWeight)
     assert part.codes.shape == (48, 5)
@@ -121,7 +125,7 @@ def test_wint2_keeps_its_bytes_packed() -> None:
 
 
 def test_wint2_of_unknown_row_order_is_not_guessed() -> None:
-    weight_format = format_class("wint2")()
+    weight_format = make_format("wint2")
     with pytest.raises(ConfigError, match="row_order"):
         weight_format.dequantize(random_matrix(weight_format, 64, 4, seed=0))
 
@@ -129,9 +133,9 @@ def test_wint2_of_unknown_row_order_is_not_guessed() -> None:
 @pytest.mark.parametrize(("name", "k", "n"), [("wint8", 96, 4), ("wint8", 64, 3), ("wint4", 64, 6), ("wint2", 32, 4)])
 def test_a_shape_the_format_cannot_hold_is_refused(name: str, k: int, n: int) -> None:
     with pytest.raises(UnsupportedError, match=f"{name} needs K in multiples of 64.*K={k}"):
-        format_class(name)().tensors(k, n)
+        make_format(name).tensors(k, n)
 
 
 def test_an_unknown_format_lists_the_known_ones() -> None:
     with pytest.raises(UnsupportedError, match=r"'fp8'.*supported: bf16, wint8, wint4, wint2"):
-        format_class("fp8")
+        make_format("fp8")

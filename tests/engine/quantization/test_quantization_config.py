@@ -7,7 +7,10 @@ from typing import Any
 import pytest
 
 from engine.errors import ConfigError, UnsupportedError
-from engine.quantization.config import LayerFormat, QuantizationConfig
+from engine.quantization.config import PARTS, QuantizationConfig, Rule
+from engine.quantization.wint2 import Wint2
+from engine.quantization.wint4 import Wint4
+from engine.quantization.wint8 import Wint8
 
 BAIDU_2BITS: dict[str, Any] = {
     "dense_quant_type": "wint8",
@@ -33,36 +36,35 @@ BAIDU_2BITS: dict[str, Any] = {
 
 def test_the_300b_config_layer_by_layer() -> None:
     config = QuantizationConfig.from_json(BAIDU_2BITS)
-    assert config.dense == "wint8"
-    assert [config.expert_format(layer) for layer in (3, 6, 7, 53)] == ["wint4", "wint4", "wint2", "wint2"]
-    assert config.row_order is None, "a file of Baidu does not say its row order"
+    assert config.format("attention", 53) == config.format("mlp", 0) == Wint8()
+    assert [config.format("experts", layer).name for layer in (3, 6, 7, 53)] == ["wint4", "wint4", "wint2", "wint2"]
+    assert not config.row_order_known, "a file of Baidu does not say its row order"
+    assert config.with_row_order("permuted").format("experts", 7) == Wint2("permuted")
     with pytest.raises(ConfigError, match="layer 54"):
-        config.expert_format(54)
+        config.format("experts", 54)
 
 
 def test_no_quantization_is_bf16_everywhere() -> None:
     for raw in (None, {}):
         config = QuantizationConfig.from_json(raw)
-        assert (config.dense, config.expert_format(40)) == ("bf16", "bf16")
+        assert {config.format(part, 40).name for part in PARTS} == {"bf16"}
 
 
 @pytest.mark.parametrize("name", ["wint8", "wint4"])
 def test_one_format_for_all(name: str) -> None:
     config = QuantizationConfig.from_json({"quantization": name})
-    assert (config.dense, config.expert_format(0), config.expert_format(53)) == (name, name, name)
+    assert {config.format(part, layer).name for part in PARTS for layer in (0, 53)} == {name}
 
 
 def test_mixed_formats() -> None:
     raw = {"quantization": "mix_quant", "dense_quant_type": "wint8", "moe_quant_type": "wint4"}
     config = QuantizationConfig.from_json(raw)
-    assert (config.dense, config.expert_format(9)) == ("wint8", "wint4")
+    assert (config.format("mlp", 9), config.format("experts", 9)) == (Wint8(), Wint4())
 
 
 def test_our_json_is_baidus_and_the_row_order() -> None:
-    config = QuantizationConfig(
-        dense="wint8",
-        experts=(LayerFormat("wint4", 0, 6), LayerFormat("wint2", 7, 53)),
-        row_order="plain",
+    config = QuantizationConfig.of(
+        dense=Wint8(), experts=(Rule("experts", Wint4(), 0, 6), Rule("experts", Wint2("plain"), 7, 53))
     )
     written = config.to_json()
     assert QuantizationConfig.from_json(written) == config
