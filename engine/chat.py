@@ -1,7 +1,8 @@
 """From a conversation to the string a model was trained on.
 
 The repository's own Jinja template wins (`chat_template.jinja`, else `chat_template` of `tokenizer_config.json`), run
-in Jinja's sandbox with the functions Hugging Face gives it; without one it is ERNIE-4.5's format.
+in Jinja's sandbox with the functions Hugging Face gives it. Without one it is ERNIE-4.5's format, where the vocabulary
+has the tokens of that; other models can then not chat.
 
 **Special tokens in messages.** A template writes special tokens, and users must not. A user who writes
 ``<|end_of_sentence|>`` should get those letters, not the end of their turn. Encoding the message apart from the
@@ -52,6 +53,9 @@ ERNIE_TEMPLATE = r"""
 """
 """The chat string of ERNIE-4.5 300B-A47B, 21B-A3B and 0.3B."""
 
+ERNIE_BEGIN = "<|begin_of_sentence|>"
+"""The token that tells a vocabulary of ERNIE-4.5."""
+
 _GUARDS = range(0xF0000, 0xFFFFE)  # Supplementary Private Use Area-A: no text means anything by them
 
 
@@ -59,7 +63,7 @@ class ChatTemplate:
     """A compiled chat template.
 
     Args:
-        source: Jinja; ERNIE-4.5's format where None.
+        source: Jinja; None for a model without a template, which refuses every conversation.
         tool_source: another template for conversations with tools, where the repository has one.
         special_tokens: ``bos_token``, ``eos_token``, … as variables for the template.
 
@@ -74,20 +78,20 @@ class ChatTemplate:
         tool_source: str | None = None,
         special_tokens: Mapping[str, str] | None = None,
     ) -> None:
-        self.source = ERNIE_TEMPLATE if source is None else source
+        self.source = source
         self._special_tokens = dict(special_tokens or {})
         environment = _environment()
         try:
-            self._template = environment.from_string(self.source)
+            self._template = None if source is None else environment.from_string(source)
             self._tool_template = environment.from_string(tool_source) if tool_source else self._template
         except jinja2.TemplateSyntaxError as error:
             raise ConfigError(f"the chat template is not valid Jinja (line {error.lineno}): {error}") from None
 
     @classmethod
     def from_folder(
-        cls, folder: Path, tokenizer_config: Mapping[str, Any], *, special_tokens: Mapping[str, str]
+        cls, folder: Path, tokenizer_config: Mapping[str, Any], *, special_tokens: Mapping[str, str], ernie: bool
     ) -> ChatTemplate:
-        """The repository's template, else ERNIE-4.5's format; errors as for the class."""
+        """The repository's template, else ERNIE-4.5's format if `ernie`, else none; errors as for the class."""
         templates = tokenizer_config.get("chat_template")
         if isinstance(templates, list):  # several by name
             named = {entry.get("name"): entry.get("template") for entry in templates if isinstance(entry, dict)}
@@ -96,6 +100,8 @@ class ChatTemplate:
         path = folder / "chat_template.jinja"
         if path.is_file():
             named["default"] = path.read_text(encoding="utf-8")
+        if named.get("default") is None and ernie:
+            named["default"] = ERNIE_TEMPLATE
         return cls(named.get("default"), tool_source=named.get("tool_use"), special_tokens=special_tokens)
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any) -> str:
@@ -131,6 +137,12 @@ class ChatTemplate:
 
     def _render(self, messages: list[dict[str, Any]], **variables: Any) -> str:
         template = self._tool_template if variables.get("tools") else self._template
+        if template is None:
+            raise RequestError(
+                "the model has no chat template: put its chat_template.jinja into the model folder, "
+                "or send a whole prompt instead of messages",
+                field="messages",
+            )
         try:
             return template.render(messages=messages, **{**self._special_tokens, **variables})
         except _RefusedError as error:

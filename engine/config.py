@@ -8,13 +8,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from engine.architectures import model_fields
 from engine.errors import ConfigError, UnsupportedError
-
-SUPPORTED_ARCHITECTURES = {
-    "Ernie4_5ForCausalLM": "ernie4_5",
-    "Ernie4_5_ForCausalLM": "ernie4_5",  # the spelling of early 0.3B uploads
-    "Ernie4_5_MoeForCausalLM": "ernie4_5_moe",
-}
 
 
 class MoeConfig(BaseModel):
@@ -53,7 +48,7 @@ class ModelConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    architecture: Literal["ernie4_5", "ernie4_5_moe"]
+    architecture: Literal["ernie4_5", "ernie4_5_moe", "qwen2"]
     vocab_size: int = Field(ge=1)
     hidden_size: int = Field(ge=1)
     num_hidden_layers: int = Field(ge=1)
@@ -63,6 +58,8 @@ class ModelConfig(BaseModel):
     intermediate_size: int = Field(ge=1)
     max_position_embeddings: int = Field(ge=1)
     rope_theta: float = Field(gt=0)
+    rope_interleaved: bool = True
+    """Whether features (2i, 2i + 1) of a head turn together, rather than (i, i + head_dim / 2); see ``ops.rotary``."""
     rms_norm_eps: float = Field(gt=0)
     tie_word_embeddings: bool
     eos_token_ids: tuple[int, ...]
@@ -91,7 +88,7 @@ class ModelConfig(BaseModel):
 
         Raises:
             ConfigError: the file is missing, not JSON, or lacks a needed field (all of them are named).
-            UnsupportedError: the architecture is not one of :data:`SUPPORTED_ARCHITECTURES`.
+            UnsupportedError: an architecture, or an option of one, that :mod:`engine.architectures` doesn't read.
         """
         path = Path(folder) / "config.json"
         try:
@@ -110,85 +107,16 @@ class ModelConfig(BaseModel):
     @classmethod
     def from_json(cls, raw: dict[str, Any]) -> ModelConfig:
         """Translate the fields of a ``config.json`` object; see :meth:`from_folder` for the errors."""
-        architecture = _architecture(raw)
-        needed = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"]
-        if architecture == "ernie4_5_moe":
-            needed += ["moe_intermediate_size"]
-        missing = [name for name in needed if raw.get(name) is None]
-        if architecture == "ernie4_5_moe":
-            missing += [
-                f"{name} (or {alias})"
-                for name, alias in (("moe_num_experts", "num_experts"), ("moe_k", "num_experts_per_tok"))
-                if raw.get(name) is None and raw.get(alias) is None
-            ]
-        if missing:
-            raise ConfigError(f"missing field(s) {', '.join(missing)}; {architecture} needs them")
+        fields = model_fields(raw)
         try:
-            return cls._translate(raw, architecture)
+            return cls.model_validate(fields)
         except ValidationError as error:
             details = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'config'}: {e['msg']}" for e in error.errors())
             raise ConfigError(details) from None
 
-    @classmethod
-    def _translate(cls, raw: dict[str, Any], architecture: Literal["ernie4_5", "ernie4_5_moe"]) -> ModelConfig:
-        heads = raw["num_attention_heads"]
-        rope = raw.get("rope_parameters") or {}
-        eos = raw.get("eos_token_id", 2)
-        fields: dict[str, Any] = {
-            "architecture": architecture,
-            **{name: raw[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size")},
-            "num_attention_heads": heads,
-            "num_key_value_heads": raw.get("num_key_value_heads") or heads,
-            "max_position_embeddings": raw.get("max_position_embeddings", 131072),
-            # transformers 5 writes rope_parameters, older files a top-level rope_theta.
-            "rope_theta": rope.get("rope_theta") or raw.get("rope_theta") or 500000.0,
-            "rms_norm_eps": raw.get("rms_norm_eps", 1e-5),
-            "tie_word_embeddings": raw.get("tie_word_embeddings", True),
-            "eos_token_ids": tuple(eos) if isinstance(eos, list) else (eos,),
-            "quantization": raw.get("quantization_config"),
-        }
-        head_dim = raw.get("head_dim")
-        if head_dim is None:
-            if not (isinstance(heads, int) and isinstance(raw["hidden_size"], int)) or raw["hidden_size"] % heads:
-                raise ConfigError(
-                    f"no head_dim, and hidden_size ({raw['hidden_size']}) is not a multiple of "
-                    f"num_attention_heads ({heads})"
-                )
-            head_dim = raw["hidden_size"] // heads
-        fields["head_dim"] = head_dim
-        if raw.get("use_bias"):
-            raise UnsupportedError("use_bias is true; ERNIE-4.5 models without biases are supported")
-        if raw.get("hidden_act", "silu") != "silu":
-            raise UnsupportedError(f"hidden_act {raw['hidden_act']!r}; supported: 'silu'")
-        rope_type = rope.get("rope_type") or (raw.get("rope_scaling") or {}).get("rope_type") or "default"
-        if rope_type != "default":
-            raise UnsupportedError(f"rope_type {rope_type!r}; supported: 'default'")
-        if architecture == "ernie4_5_moe":
-            end = raw.get("moe_layer_end_index", -1)
-            fields["moe"] = {
-                "num_experts": raw.get("moe_num_experts", raw.get("num_experts")),
-                "num_experts_per_token": raw.get("moe_k", raw.get("num_experts_per_tok")),
-                "num_shared_experts": raw.get("moe_num_shared_experts") or 0,
-                "intermediate_size": raw["moe_intermediate_size"],
-                "layer_start_index": raw.get("moe_layer_start_index", 0),
-                "layer_end_index": raw["num_hidden_layers"] - 1 if end in (None, -1) else end,
-                "layer_interval": raw.get("moe_layer_interval", 1),
-                "norm_min": raw.get("moe_norm_min", 1e-12),
-            }
-        return cls.model_validate(fields)
-
     def is_moe_layer(self, layer: int) -> bool:
         """Whether decoder layer ``layer`` (from 0) has routed experts."""
         return self.moe is not None and self.moe.is_moe_layer(layer)
-
-
-def _architecture(raw: dict[str, Any]) -> Literal["ernie4_5", "ernie4_5_moe"]:
-    names = raw.get("architectures") or []
-    for name in names:
-        if name in SUPPORTED_ARCHITECTURES:
-            return SUPPORTED_ARCHITECTURES[name]  # type: ignore[return-value]  # values are these literals
-    supported = ", ".join(sorted(SUPPORTED_ARCHITECTURES))
-    raise UnsupportedError(f"architectures {names!r} is not supported; supported: {supported}")
 
 
 class EngineConfig(BaseModel):
@@ -214,7 +142,13 @@ class EngineConfig(BaseModel):
     kv_cache_dtype: Literal["auto"] = "auto"
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
-    row_order: Literal["plain", "permuted"] | None = None
-    """Row order of WINT2 experts (see docs of ``engine.quantization.wint2``); None reads it from the config."""
+    quantization: Literal["wint8", "wint4"] | None = None
+    """Round an unquantized checkpoint's linears to integers while loading; None takes it as it is."""
+    planes: Literal[2, 3, 4] | None = None
+    """How many bit planes to read of a nested checkpoint (``engine.quantization.bitplane``); None reads all."""
+    row_order: Literal["auto", "plain", "permuted"] = "auto"
+    """Row order of WINT2 weights, where config.json does not say it; "auto" finds out (``engine.row_order``)."""
+    row_order_reference: str | None = None
+    """A folder with the same model unquantized, from which "auto" can tell the row order at once."""
     num_threads: int | None = Field(default=None, ge=1)
     """CPU threads for tensor work in each rank; None divides the machine's cores by the ranks."""

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.chat import ChatTemplate, Message
+from engine.chat import ERNIE_BEGIN, ChatTemplate, Message
 from engine.errors import ConfigError, RequestError
 from engine.vocabulary import HuggingFaceVocabulary, Vocabulary, load
 
 END_NAMES = ("</s>", "<|end_of_sentence|>", "<|im_end|>")
-"""Tokens that end ERNIE's turns; whichever a model has are EOS besides those its files name."""
+"""Tokens that end a turn of ERNIE or Qwen2; whichever a model has are EOS besides those its files name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class Tokenizer:
         used_vocab_size: one more than the highest id that has a token; the embedding table may be larger (padding).
         eos_token_ids: ids that end a generation.
         special_ids: ids that add nothing to the text.
-        chat_template: the repository's, or ERNIE-4.5's own format.
+        chat_template: the repository's, or ERNIE-4.5's own format for a vocabulary of ERNIE's.
     """
 
     def __init__(
@@ -114,7 +114,9 @@ class Tokenizer:
             vocabulary,
             added=added,
             eos_token_ids=_eos_ids(folder, roles.get("eos_token"), {t.content: i for i, t in added.items()}),
-            chat_template=ChatTemplate.from_folder(folder, config, special_tokens=roles),
+            chat_template=ChatTemplate.from_folder(
+                folder, config, special_tokens=roles, ernie=ERNIE_BEGIN in known or ERNIE_BEGIN in vocabulary.pieces
+            ),
         )
 
     def encode(self, text: str, *, parse_special: bool = False, field: str = "prompt") -> list[int]:

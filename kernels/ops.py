@@ -56,9 +56,13 @@ def prepare(weight: Weight, *, dtype: torch.dtype, device: torch.device) -> Prep
     return _kernels(device).prepare(weight, dtype=dtype, device=device)
 
 
-def linear(x: Tensor, weight: Prepared) -> Tensor:
-    """``x W^T``: x [T, K], weight (K, N) -> [T, N]."""
-    return _kernels(x.device).linear(x, weight)
+def linear(x: Tensor, weight: Prepared, bias: Tensor | None = None) -> Tensor:
+    """``x W^T + bias``: x [T, K], weight (K, N), bias [N] in the dtype of `x` -> [T, N].
+
+    With tensor parallelism and a weight cut by output features, `bias` is this rank's features. The result of a weight
+    cut by input features is a partial sum, to which at most one rank may add a bias.
+    """
+    return _kernels(x.device).linear(x, weight, bias)
 
 
 def embedding(ids: Tensor, table: Tensor, first_row: int) -> Tensor:
@@ -138,17 +142,21 @@ def rotary_table(positions: Tensor, inv_freq: Tensor) -> Tensor:
     return _kernels(positions.device).rotary_table(positions, inv_freq)
 
 
-def rotary(x: Tensor, table: Tensor) -> Tensor:
-    """Rotate the interleaved pairs (2i, 2i+1) of every head, in fp32.
+def rotary(x: Tensor, table: Tensor, *, interleaved: bool) -> Tensor:
+    """Rotate pairs of features of every head (RoPE, arXiv 2104.09864), in fp32.
+
+    Pair i, of the features a and b, becomes ``(a cos - b sin, b cos + a sin)`` with the table's i-th angle.
 
     Args:
         x: [T, heads, D], query and key heads together if they stand together; D contiguous.
         table: from `rotary_table`.
+        interleaved: pair i is the features (2i, 2i + 1), as in ERNIE-4.5 and the paper; otherwise (i, i + D/2), as in
+            Qwen2 and GPT-NeoX, whose code calls it rotate_half.
 
     Returns:
         [T, heads, D] in the dtype of `x`.
     """
-    return _kernels(x.device).rotary(x, table)
+    return _kernels(x.device).rotary(x, table, interleaved=interleaved)
 
 
 def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:

@@ -35,21 +35,32 @@ class Attention:
         num_heads: query heads of this rank.
         num_kv_heads: key-value heads of this rank.
         head_dim: D.
+        rope_interleaved: which features of a head turn together; see `ops.rotary`.
     """
 
-    def __init__(self, qkv: Linear, output: Linear, *, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
+    def __init__(
+        self,
+        qkv: Linear,
+        output: Linear,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        rope_interleaved: bool,
+    ) -> None:
         self.qkv = qkv
         self.output = output
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
+        self.rope_interleaved = rope_interleaved
         self.scale = head_dim**-0.5
 
     def __call__(self, x: Tensor, kv_cache: tuple[Tensor, Tensor], inputs: AttentionInputs) -> Tensor:
         """[T, H] -> [T, H], a partial sum; `kv_cache` is this layer's keys and values, written and read."""
         turned = self.num_heads + self.num_kv_heads
         qkv = self.qkv(x).view(x.shape[0], -1, self.head_dim)  # [T, heads + 2 kv_heads, D]
-        qk = ops.rotary(qkv[:, :turned], inputs.rotary_table)
+        qk = ops.rotary(qkv[:, :turned], inputs.rotary_table, interleaved=self.rope_interleaved)
         k_cache, v_cache = kv_cache
         ops.store_kv(qk[:, self.num_heads :], qkv[:, turned:], k_cache, v_cache, inputs.slot_mapping)
         out = ops.paged_attention(qk[:, : self.num_heads], k_cache, v_cache, inputs.metadata, scale=self.scale)

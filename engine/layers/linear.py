@@ -10,18 +10,26 @@ from kernels.operands import Weight
 
 
 class Linear:
-    """``x W^T`` with a rank's share of W.
+    """``x W^T + bias`` with a rank's share of W.
 
     Cut by output features (columns in Paddle's view), the result is this rank's features. Cut by input features, it
     is a partial sum, which the caller reduces once for everything that is added to it.
+
+    Args:
+        weight: (K, N).
+        bias: [N] in `dtype` on `device`: this rank's features. None for a weight cut by input features, where each rank
+            would add it.
+        dtype: compute dtype.
+        device: compute device.
     """
 
-    def __init__(self, weight: Weight, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, weight: Weight, bias: Tensor | None = None, *, dtype: torch.dtype, device: torch.device) -> None:
         self.weight = ops.prepare(weight, dtype=dtype, device=device)
+        self.bias = bias
 
     def __call__(self, x: Tensor) -> Tensor:
         """[T, K] -> [T, N]."""
-        return ops.linear(x, self.weight)
+        return ops.linear(x, self.weight, self.bias)
 
 
 class GatedMLP:

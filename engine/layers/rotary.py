@@ -9,7 +9,7 @@ from kernels import ops
 
 
 class RotaryEmbedding:
-    """Angles of ERNIE-4.5's rotary embedding: interleaved pairs over the whole head, in fp32.
+    """Angles of a rotary embedding over the whole head, in fp32.
 
     Args:
         head_dim: D, even.

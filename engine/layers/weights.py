@@ -28,6 +28,9 @@ class WeightSource(Protocol):
     def qkv(self, layer: int) -> Weight:
         """N = this rank's query heads, then key heads, then value heads."""
 
+    def qkv_bias(self, layer: int) -> Tensor | None:
+        """[N] of `qkv`; None if the checkpoint has none."""
+
     def attention_output(self, layer: int) -> Weight:
         """K = this rank's query heads."""
 

@@ -12,11 +12,13 @@ from engine.config import ModelConfig
 from engine.errors import UnsupportedError
 from engine.execution.parallel import TensorParallelGroup
 from engine.layers.weights import WeightSource
+from engine.models.builder import DecoderBuilder
 from engine.models.ernie4_5 import Ernie4_5
+from engine.models.qwen2 import Qwen2
 from kernels import ops
 
-MODELS = {"ernie4_5": Ernie4_5, "ernie4_5_moe": Ernie4_5}
-"""``ModelConfig.architecture`` -> class; a dense model is a mixture-of-experts model without such layers."""
+MODELS: dict[str, type[DecoderBuilder]] = {"ernie4_5": Ernie4_5, "ernie4_5_moe": Ernie4_5, "qwen2": Qwen2}
+"""``ModelConfig.architecture`` -> what builds it."""
 
 
 class DecoderModel(Protocol):
@@ -47,15 +49,22 @@ class DecoderModel(Protocol):
         """
 
 
-def build_model(
+def model_builder(
     config: ModelConfig, weights: WeightSource, group: TensorParallelGroup, *, dtype: torch.dtype, device: torch.device
-) -> DecoderModel:
-    """Build the model that `config.architecture` names.
+) -> DecoderBuilder:
+    """The builder of the architecture that `config` names, for a whole model or for some of its layers.
 
     Raises:
         UnsupportedError: there is no such architecture.
     """
-    model = MODELS.get(config.architecture)
-    if model is None:
+    builder = MODELS.get(config.architecture)
+    if builder is None:
         raise UnsupportedError(f"architecture {config.architecture!r}; supported: {', '.join(sorted(MODELS))}")
-    return model(config, weights, group, dtype=dtype, device=device)
+    return builder(config, weights, group, dtype=dtype, device=device)
+
+
+def build_model(
+    config: ModelConfig, weights: WeightSource, group: TensorParallelGroup, *, dtype: torch.dtype, device: torch.device
+) -> DecoderModel:
+    """One rank's share of the model that `config` describes; arguments and errors as for `model_builder`."""
+    return model_builder(config, weights, group, dtype=dtype, device=device).build()

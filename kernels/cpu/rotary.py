@@ -12,7 +12,10 @@ def rotary_table(positions: Tensor, inv_freq: Tensor) -> Tensor:
     return torch.complex(angles.cos(), angles.sin()).unsqueeze(1)
 
 
-def rotary(x: Tensor, table: Tensor) -> Tensor:
-    """A pair (2i, 2i + 1) is a complex number, which the table turns; see `ops.rotary`."""
-    pairs = torch.view_as_complex(x.float().view(*x.shape[:-1], -1, 2))  # [T, heads, D/2]
-    return torch.view_as_real(pairs * table).flatten(-2).to(x.dtype)
+def rotary(x: Tensor, table: Tensor, *, interleaved: bool) -> Tensor:
+    """A pair is a complex number, which the table turns; see `ops.rotary`."""
+    if interleaved:
+        pairs = torch.view_as_complex(x.float().view(*x.shape[:-1], -1, 2))  # [T, heads, D/2], no copy
+        return torch.view_as_real(pairs * table).flatten(-2).to(x.dtype)
+    turned = torch.complex(*x.float().chunk(2, dim=-1)) * table  # [T, heads, D/2]
+    return torch.cat((turned.real, turned.imag), dim=-1).to(x.dtype)

@@ -16,9 +16,9 @@ def prepare(weight: Weight, *, dtype: torch.dtype, device: torch.device) -> Prep
     return DensePrepared.of(dequantize(weight, dtype).to(device).contiguous())
 
 
-def linear(x: Tensor, weight: Prepared) -> Tensor:
+def linear(x: Tensor, weight: Prepared, bias: Tensor | None = None) -> Tensor:
     """[T, K] -> [T, N]."""
-    return F.linear(x, weight.weight)
+    return F.linear(x, weight.weight, bias)
 
 
 def embedding(ids: Tensor, table: Tensor, first_row: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Rotary position embedding over interleaved pairs (2i, 2i + 1)."""
+"""Rotary position embedding over pairs of features that stand side by side or half a head apart."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ def rotary_table(positions: Tensor, inv_freq: Tensor) -> Tensor:
     return torch.stack((angles.cos(), angles.sin()), dim=-1)
 
 
-def rotary(x: Tensor, table: Tensor) -> Tensor:
+def rotary(x: Tensor, table: Tensor, *, interleaved: bool) -> Tensor:
     """Rotate [T, heads, D]."""
     cos, sin = table.unsqueeze(1).unbind(-1)  # [T, 1, D/2] each
-    even, odd = x[..., 0::2].float(), x[..., 1::2].float()
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
+    pair = -1 if interleaved else -2  # where the two of a pair stand: [T, heads, D/2, 2] or [T, heads, 2, D/2]
+    a, b = x.float().reshape(*x.shape[:-1], *((-1, 2) if interleaved else (2, -1))).unbind(pair)
+    return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=pair).flatten(-2).to(x.dtype)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels import cpu, ops, reference
+from kernels.operands import DenseWeight
 from kernels.prepared import DensePrepared
 
 torch.set_num_threads(1)
@@ -142,25 +145,55 @@ def test_silu_and_mul(seed, tokens, width, dtype):
 
 
 @quick
-@given(seeds, st.integers(1, 9), st.integers(1, 6), st.integers(1, 20), st.sampled_from(DTYPES))
-def test_rotary_turns_part_of_the_heads(seed, tokens, heads, half, dtype):
+@given(seeds, st.integers(1, 9), st.integers(1, 6), st.integers(1, 20), st.booleans(), st.sampled_from(DTYPES))
+def test_rotary_turns_part_of_the_heads(seed, tokens, heads, half, interleaved, dtype):
     generator = rng(seed)
     qkv = torch.randn(tokens, heads + 2, 2 * half, generator=generator).to(dtype)
     positions = torch.randint(0, 2**17, (tokens,), generator=generator, dtype=torch.int32)
     inv_freq = 1.0 / 5e5 ** (torch.arange(half, dtype=torch.float32) / half)
     before = qkv.clone()
     x = qkv[:, :heads]
-    actual = cpu.rotary(x, cpu.rotary_table(positions, inv_freq))
-    check(actual, reference.rotary(x, reference.rotary_table(positions, inv_freq)), dtype)
+    actual, expected = (
+        kernels.rotary(x, kernels.rotary_table(positions, inv_freq), interleaved=interleaved)
+        for kernels in (cpu, reference)
+    )
+    assert actual.shape == x.shape
+    check(actual, expected, dtype)
     assert torch.equal(qkv, before)
 
 
-def test_rotary_pairs_are_interleaved():
-    quarter = torch.tensor([torch.pi / 2])
-    x = torch.tensor([[[1.0, 2.0]]])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("interleaved", "pairs"), [(True, [(0, 1), (2, 3), (4, 5)]), (False, [(0, 3), (1, 4), (2, 5)])]
+)
+@pytest.mark.parametrize("kernels", [cpu, reference])
+def test_rotary_turns_each_pair_by_its_angle(kernels, interleaved, pairs, dtype):
+    x = torch.randn(4, 2, 6, generator=rng(3)).to(dtype)
+    positions, inv_freq = torch.tensor([0, 1, 5, 1000]), torch.tensor([1.0, 0.1, 0.003])
+    actual = kernels.rotary(x, kernels.rotary_table(positions, inv_freq), interleaved=interleaved)
+    expected = torch.empty_like(x)
+    for t, position in enumerate(positions.tolist()):
+        for (a, b), frequency in zip(pairs, inv_freq.tolist(), strict=True):
+            angle = position * frequency
+            first, second = x[t, :, a].float(), x[t, :, b].float()
+            expected[t, :, a] = first * math.cos(angle) - second * math.sin(angle)
+            expected[t, :, b] = second * math.cos(angle) + first * math.sin(angle)
+    check(actual, expected, dtype)
+    assert torch.equal(actual[0], x[0])  # position 0 turns nothing
+
+
+@quick
+@given(seeds, st.integers(1, 6), st.integers(1, 20), st.integers(1, 20), st.sampled_from(DTYPES))
+def test_linear_adds_its_bias(seed, tokens, k, n, dtype):
+    generator = rng(seed)
+    x = torch.randn(tokens, k, generator=generator).to(dtype)
+    w = (torch.randn(n, k, generator=generator) / k**0.5).to(dtype)
+    bias = torch.randn(n, generator=generator).to(dtype)
+    weight = ops.prepare(DenseWeight(w), dtype=dtype, device=CPU)
+    expected = x.double() @ w.double().T
     for kernels in (cpu, reference):
-        turned = kernels.rotary(x, kernels.rotary_table(torch.tensor([1]), quarter))
-        torch.testing.assert_close(turned, torch.tensor([[[-2.0, 1.0]]]))
+        check(kernels.linear(x, weight), expected.to(dtype), dtype)
+        check(kernels.linear(x, weight, bias), (expected + bias.double()).to(dtype), dtype)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])

@@ -50,8 +50,9 @@ def test_logits_are_those_of_transformers(random_checkpoint, rank_pool, name, si
     assert (chunked - reference).abs().max() <= TOLERANCE
 
 
-def test_greedy_tokens_are_those_of_transformers(random_checkpoint):
-    folder, model = random_checkpoint("moe-two-shared-old-rope")
+@pytest.mark.parametrize("name", ["moe-two-shared-old-rope", "qwen2-tied"])
+def test_greedy_tokens_are_those_of_transformers(random_checkpoint, name):
+    folder, model = random_checkpoint(name)
     start = prompt(model, 5)
     with torch.inference_mode():
         generated = model.generate(
