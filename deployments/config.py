@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from engine.checkpoint.hub import is_repository, resolve_model
 from engine.config import EngineConfig, ModelConfig
 from engine.errors import ConfigError, UnsupportedError
 
@@ -81,7 +82,7 @@ class HealthConfig(_Section):
 
 
 class AppConfig(_Section):
-    """All of ``args``. :meth:`parse` reads it; ``model`` is an absolute path afterwards."""
+    """All of ``args``. :meth:`parse` reads it; ``model`` is an absolute path or a repository afterwards."""
 
     model: str = Field(min_length=1)
     served_model_name: str = Field(default="", validate_default=True)
@@ -121,10 +122,12 @@ class AppConfig(_Section):
         """Check the ``args`` of an application.
 
         A relative ``model`` is looked up in the working directory, then beside the ``deployments`` package (the root
-        of a checkout), so that the embedded default works from anywhere.
+        of a checkout), so that the embedded default works from anywhere. What is no folder may be the name of a
+        repository; it is kept as it is, for every node fetches it for itself.
 
         Raises:
             ConfigError: an option is missing, unknown or wrong (the message names it), or there is no such model.
+            CheckpointError: the repository can't be fetched.
             UnsupportedError: more than one pool, or an architecture that Dibit does not have.
         """
         try:
@@ -134,15 +137,15 @@ class AppConfig(_Section):
         if len(config.pools) > 1:
             names = ", ".join(pool.name for pool in config.pools)
             raise UnsupportedError(f"pools: found {len(config.pools)} ({names}); one pool is served at a time so far")
-        folder = _model_folder(config.model)
-        model = ModelConfig.from_folder(folder)
+        place = _model_place(config.model)
+        model = ModelConfig.from_folder(resolve_model(place, weights=False))
         for pool in config.pools:
             if model.num_attention_heads % pool.tensor_parallel_size:
                 raise ConfigError(
                     f"pools.{pool.name}.tensor_parallel_size: {pool.tensor_parallel_size} does not divide the model's "
                     f"{model.num_attention_heads} attention heads"
                 )
-        return config.model_copy(update={"model": str(folder)})
+        return config.model_copy(update={"model": place})
 
     def engine_config(self, pool: PoolConfig) -> EngineConfig:
         """The engine options of one pool; a pool without accelerators runs on the CPU unless ``device`` is set."""
@@ -152,16 +155,19 @@ class AppConfig(_Section):
         return EngineConfig(model=self.model, tensor_parallel_size=pool.tensor_parallel_size, **options)
 
 
-def _model_folder(model: str) -> Path:
+def _model_place(model: str) -> str:
+    """The absolute path of the model's folder, or the name of its repository."""
     given = Path(model).expanduser()
     candidates = [given] if given.is_absolute() else [Path.cwd() / given, PROJECT_ROOT / given]
     for folder in candidates:
         if folder.is_dir():
-            return folder.resolve()
+            return str(folder.resolve())
+    if is_repository(model):
+        return model
     looked = " and ".join(dict.fromkeys(str(folder) for folder in candidates))
     raise ConfigError(
         f"model: there is no folder {model!r} (looked for {looked}); give the path of a downloaded model, the same on "
-        "every node of the cluster"
+        "every node of the cluster, or the name of a repository, organisation/name"
     )
 
 

@@ -13,7 +13,7 @@ class ModelInfo:
     """What an ingress must know of the model that the engines serve; lengths are in tokens."""
 
     model_path: str
-    """Folder with config.json and tokenizer, the same on all nodes: ``Tokenizer.from_folder(model_path)``."""
+    """Folder with config.json and tokenizer, the same on all nodes, or repository: see ``hub.resolve_model``."""
     served_model_name: str
     max_model_len: int
     block_size: int

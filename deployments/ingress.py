@@ -14,6 +14,7 @@ from deployments.announce import announce
 from deployments.client import EngineClient
 from deployments.openai.app import create_app
 from deployments.openai.http import MAX_BODY_BYTES
+from engine.checkpoint.hub import resolve_model
 from engine.tokenizer import Tokenizer
 
 logger = logging.getLogger("ray.serve")
@@ -38,7 +39,8 @@ class Ingress:
         """
         self._client = EngineClient(engines)
         await self._client.start()
-        self._tokenizer = Tokenizer.from_folder(self._client.info.model_path)
+        folder = await asyncio.to_thread(resolve_model, self._client.info.model_path, weights=False)
+        self._tokenizer = Tokenizer.from_folder(folder)
         self._max_body_bytes = max_body_bytes
         await self._announce()
 

@@ -17,6 +17,7 @@ from ray.exceptions import RayError
 
 from deployments.progress import LoadingProgress, log_to_stderr
 from deployments.token_stream import Fanout, Outbox
+from engine.checkpoint.hub import resolve_model
 from engine.config import EngineConfig, ModelConfig
 from engine.core import EngineCore
 from engine.errors import EngineDeadError
@@ -84,9 +85,11 @@ class Shard:
             DibitError: the model or the options are wrong; the text is for the user.
         """
         progress = LoadingProgress(served_model_name, speaks=self._rank == 0)
+        folder = await asyncio.to_thread(resolve_model, self._config.model)
+        self._config = self._config.model_copy(update={"model": str(folder)})
         self._worker = Worker(
             self._config,
-            ModelConfig.from_folder(self._config.model),
+            ModelConfig.from_folder(folder),
             rank=self._rank,
             world_size=self._config.tensor_parallel_size,
             rendezvous=meeting.rendezvous if meeting else None,

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from engine.chat import Message
+from engine.checkpoint.hub import resolve_model
 from engine.config import EngineConfig, ModelConfig
 from engine.core import EngineCore
 from engine.errors import ConfigError, EngineDeadError, RequestError
@@ -34,7 +35,7 @@ class LLM:
     """A model on this machine. Not thread-safe. Use it as a context manager, or call :meth:`shutdown`.
 
     Args:
-        model: the model's folder.
+        model: the model's folder, or the name of its repository at the Hugging Face hub ("baidu/ERNIE-4.5-0.3B-PT").
         tensor_parallel_size: ranks; more than one start processes on this machine (so a script that does this needs the
             usual ``if __name__ == "__main__":``).
         max_model_len: tokens of a sequence at most; None takes the model's.
@@ -44,7 +45,7 @@ class LLM:
     Raises:
         ConfigError: an option is unknown or out of range, or the model's files are malformed.
         UnsupportedError: the model is of a kind Dibit doesn't have.
-        CheckpointError: its weights don't fit its config.
+        CheckpointError: there is no such model, or its weights don't fit its config.
     """
 
     def __init__(
@@ -61,7 +62,10 @@ class LLM:
         self._failure: BaseException | None = None
         try:
             self.config = EngineConfig(
-                model=str(model), tensor_parallel_size=tensor_parallel_size, max_model_len=max_model_len, **options
+                model=str(resolve_model(model)),
+                tensor_parallel_size=tensor_parallel_size,
+                max_model_len=max_model_len,
+                **options,
             )
         except ValidationError as error:
             details = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())

@@ -56,4 +56,41 @@ class CcqWeight:
     row_order: Literal["plain", "permuted"]
 
 
-Weight = DenseWeight | Int8Weight | Int4Weight | CcqWeight
+@dataclass(frozen=True, slots=True)
+class BitplaneWeight:
+    """``w = c0 + c1 b1 + ... + ck bk``: k bits of a weight, coefficients of its group of rows (BPDQ, arXiv 2602.04163).
+
+    ``planes`` int32 [..., K/32, k, N]: bit t of word j is row 32j + t. ``coefficients`` [..., K/G, k+1, N]: c1 ... ck,
+    then c0.
+    """
+
+    planes: Tensor
+    coefficients: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class GroupedWeight:
+    """``w = (code - zero) * scale``, codes of ``bits`` (2, 4, 8) bits, zero and scale of a group of rows.
+
+    ``codes`` int32 [..., K*bits/32, N]: a word holds neighbouring rows of a column, the first in its lowest bits.
+    ``zeros`` uint8 [..., K/G, N], not packed (a rank's columns may start anywhere). ``scales`` [..., K/G, N].
+    """
+
+    codes: Tensor
+    zeros: Tensor
+    scales: Tensor
+    bits: int
+
+
+@dataclass(frozen=True, slots=True)
+class SplitWeight:
+    """Parts side by side along K, in its order, each with scales of its own; all have the same N (and E).
+
+    What becomes of ranks' shares that were quantized each on its own, when fewer ranks serve them: one scale for a
+    whole column can't hold them.
+    """
+
+    parts: tuple[Weight, ...]
+
+
+Weight = DenseWeight | Int8Weight | Int4Weight | CcqWeight | BitplaneWeight | GroupedWeight | SplitWeight

@@ -46,6 +46,8 @@ class TensorInfo:
     file: Path
     dtype: str
     shape: tuple[int, ...]
+    begin: int
+    """Where its data begin in the file, in bytes."""
 
     @property
     def num_bytes(self) -> int:
@@ -81,7 +83,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path}: the header is a JSON {type(raw).__name__}; expected an object")
     raw.pop("__metadata__", None)
-    return _check(path, raw, data_bytes=size - 8 - length)
+    return _check(path, raw, data_begin=8 + length, data_bytes=size - 8 - length)
 
 
 def _unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
@@ -91,7 +93,7 @@ def _unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     return keys
 
 
-def _check(path: Path, raw: dict[str, Any], *, data_bytes: int) -> dict[str, TensorInfo]:
+def _check(path: Path, raw: dict[str, Any], *, data_begin: int, data_bytes: int) -> dict[str, TensorInfo]:
     tensors: dict[str, TensorInfo] = {}
     spans: list[tuple[int, int, str]] = []
     for name, entry in raw.items():
@@ -110,7 +112,7 @@ def _check(path: Path, raw: dict[str, Any], *, data_bytes: int) -> dict[str, Ten
                 f"{path}: tensor {name!r} has shape {shape!r:.80} and data_offsets {[begin, end]!r:.80}; "
                 f"expected at most {MAX_DIMENSIONS} sizes, and two positions"
             )
-        info = tensors[name] = TensorInfo(path, dtype, tuple(shape))
+        info = tensors[name] = TensorInfo(path, dtype, tuple(shape), data_begin + begin)
         if end - begin != info.num_bytes:
             raise CheckpointError(
                 f"{path}: tensor {name!r}, {dtype} {shape}, needs {info.num_bytes} bytes; "

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from engine.config import ModelConfig
@@ -70,23 +71,74 @@ class Partition:
         return Span(count * self.rank // self.world_size, count * (self.rank + 1) // self.world_size)
 
 
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one part of a cut checkpoint gives to a matrix: ``rows`` and ``columns`` of what stands in that part."""
+
+    part: int
+    rows: Span
+    columns: tuple[Span, ...]
+
+
+def pieces(wanted: MatrixCut, held: Sequence[MatrixCut]) -> list[list[Piece]]:
+    """Where to find a rank's share of a matrix of which each part of a checkpoint holds a share.
+
+    Args:
+        wanted: the share to put together.
+        held: the shares there are; together they cover the matrix. Where several hold the same columns (replicated KV
+            heads), the first is taken.
+
+    Returns:
+        Pieces to join: the inner lists along N, the outer list along K.
+    """
+    grid = []
+    for rows in sorted({part.rows for part in held}):
+        start, stop = max(rows.start, wanted.rows.start), min(rows.stop, wanted.rows.stop)
+        if start < stop:
+            peers = {i: part for i, part in enumerate(held) if part.rows == rows}
+            grid.append(_side_by_side(wanted, peers, Span(start - rows.start, stop - rows.start)))
+    return grid
+
+
+def _side_by_side(wanted: MatrixCut, held: dict[int, MatrixCut], rows: Span) -> list[Piece]:
+    found: list[tuple[int, Span]] = []
+    for b, block in enumerate(wanted.blocks):
+        position = block.part.start
+        while position < block.part.stop:
+            i, span = next(
+                (i, cut.blocks[b].part)
+                for i, cut in held.items()
+                if cut.blocks[b].part.start <= position < cut.blocks[b].part.stop
+            )
+            stop = min(span.stop, block.part.stop)
+            left = sum(len(before.part) for before in held[i].blocks[:b]) - span.start
+            found.append((i, Span(left + position, left + stop)))
+            position = stop
+    return [
+        Piece(i, rows, tuple(span for _, span in group)) for i, group in itertools.groupby(found, key=lambda f: f[0])
+    ]
+
+
 def check_size(config: ModelConfig, quantization: QuantizationConfig, world_size: int) -> None:
     """Check that the model can be cut for ``world_size`` ranks.
 
     Raises:
         UnsupportedError: it can't; the message says why and which sizes work.
     """
-    reason = next(_obstacles(config, quantization, world_size), None)
+    reason = obstacle(config, quantization, world_size)
     if reason is not None:
         sizes = [
-            size
-            for size in range(1, config.num_attention_heads + 1)
-            if next(_obstacles(config, quantization, size), None) is None
+            size for size in range(1, config.num_attention_heads + 1) if obstacle(config, quantization, size) is None
         ]
         raise UnsupportedError(
             f"tensor_parallel_size {world_size} does not fit this model: {reason}; "
             f"sizes that work: {', '.join(map(str, sizes))}"
         )
+
+
+def obstacle(config: ModelConfig, quantization: QuantizationConfig, world_size: int) -> str | None:
+    """Why the model can't be cut for ``world_size`` ranks; None if it can."""
+    return next(_obstacles(config, quantization, world_size), None)
 
 
 def _obstacles(config: ModelConfig, quantization: QuantizationConfig, size: int) -> Iterator[str]:

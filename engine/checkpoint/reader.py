@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import json
 import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from engine.checkpoint.header import TensorInfo, read_header
+from engine.checkpoint.mapping import MappedFiles
 from engine.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
@@ -37,8 +36,7 @@ class CheckpointReader:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self._handles = contextlib.ExitStack()
-        self._open: dict[Path, Any] = {}
+        self._files = MappedFiles()
         if not self.folder.is_dir():
             raise CheckpointError(f"{self.folder} is not a folder; expected a model folder with safetensors files")
         index = self.folder / INDEX
@@ -66,29 +64,29 @@ class CheckpointReader:
         Args:
             name: the tensor's name in the files.
             shape: the shape it must have.
-            dtypes: the dtypes it may have, in safetensors' names.
+            dtypes: the dtypes it may have, in safetensors' names. Paddle's bf16 is numpy's uint16, and files may label
+                it so; where "BF16" is expected, "U16" is taken for it.
 
         Raises:
             CheckpointError: there is no such tensor, or it is not what was expected.
         """
         info = self.info(name)
+        if info.dtype == "U16" and "BF16" in dtypes:
+            info = dataclasses.replace(info, dtype="BF16")
         if info.shape != shape or info.dtype not in dtypes:
             raise CheckpointError(
                 f"{info.file}: tensor {name!r} is {info.dtype} {list(info.shape)}; "
                 f"expected {' or '.join(dtypes)} {list(shape)}"
             )
-        try:
-            if info.file not in self._open:
-                self._open[info.file] = self._handles.enter_context(safe_open(info.file, framework="pt", device="cpu"))
-            tensor: Tensor = self._open[info.file].get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{info.file}: tensor {name!r} can't be read: {error}") from None
-        return tensor
+        return self._files.view(info)
+
+    def release(self) -> None:
+        """Let go of the memory of what was read. Views handed out before stay valid."""
+        self._files.release()
 
     def close(self) -> None:
         """Close the files. Views handed out before stay valid; reading opens the files again."""
-        self._open.clear()
-        self._handles.close()
+        self._files.close()
 
     def _read_index(self, index: Path) -> dict[str, TensorInfo]:
         try:
@@ -142,11 +140,6 @@ class CheckpointReader:
         return tensors
 
     def _no_weights(self) -> str:
-        if (self.folder / "rank0").is_dir():
-            return (
-                f"{self.folder} holds weights cut for a fixed number of ranks (rank0, ...), which Dibit does not read; "
-                "take the repository for one card, it can be cut for any size"
-            )
         pickled = sorted(p.name for p in self.folder.iterdir() if p.suffix in PICKLED)
         if pickled:
             return (

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -28,17 +30,25 @@ class FolderWriter:
         folder: where the model folder shall be.
         overwrite: replace a folder that is there.
         max_shard_bytes: a shard is written when the next tensor would take it over this size.
+        temporary: the folder to write in, on the same file system; beside ``folder`` by default.
 
     Raises:
         CheckpointError: ``folder`` exists and ``overwrite`` is false.
     """
 
-    def __init__(self, folder: Path, *, overwrite: bool = False, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        overwrite: bool = False,
+        max_shard_bytes: int = MAX_SHARD_BYTES,
+        temporary: Path | None = None,
+    ) -> None:
         if folder.exists() and not overwrite:
             raise CheckpointError(f"{folder} exists; choose another folder, or allow overwriting it")
         folder = folder.absolute()
         self._folder = folder
-        self._temporary = folder.with_name(f".{folder.name}.{os.getpid()}.new")
+        self._temporary = temporary or folder.with_name(f".{folder.name}.{os.getpid()}.new")
         self._max_shard_bytes = max_shard_bytes
         self._shard: dict[str, Tensor] = {}
         self._shard_bytes = 0
@@ -84,16 +94,14 @@ class FolderWriter:
         if not self._folder.exists():
             self._temporary.rename(self._folder)
             return
-        replaced = self._folder.with_name(f".{self._folder.name}.{os.getpid()}.old")
+        replaced = self._temporary.with_name(f"{self._temporary.name}.replaced")
         self._folder.rename(replaced)
         self._temporary.rename(self._folder)
         shutil.rmtree(replaced)
 
     def _flush(self) -> None:
         if self._shard:
-            path = self._temporary / _unnamed(len(self._shards))
-            save_file(self._shard, path, metadata={"format": "pt"})
-            path.chmod(0o644)  # the library makes it readable by its owner only
+            write_tensors(self._temporary / _unnamed(len(self._shards)), self._shard, metadata={"format": "pt"})
             self._shards.append(list(self._shard))
             self._shard, self._shard_bytes = {}, 0
 
@@ -108,6 +116,24 @@ class FolderWriter:
             (self._temporary / _unnamed(i)).rename(self._temporary / file)
             weight_map |= dict.fromkeys(names, file)
         self.write_json(INDEX, {"metadata": {"total_size": self.num_bytes}, "weight_map": weight_map})
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], *, metadata: dict[str, str]) -> None:
+    """Write a safetensors file and bring it to the disk.
+
+    Raises:
+        OSError: the disk is full, or can't be written.
+    """
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:
+        system = re.search(r"\(os error (\d+)\)", str(error))  # the library tells the system's error in words alone
+        if system is None:
+            raise
+        raise OSError(int(system[1]), os.strerror(int(system[1])), str(path)) from None
+    path.chmod(0o644)  # the library makes it readable by its owner only
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def _unnamed(shard: int) -> str:

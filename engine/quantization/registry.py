@@ -8,12 +8,14 @@ from typing import Any
 
 from engine.errors import ConfigError, UnsupportedError
 from engine.quantization.bf16 import Bf16
+from engine.quantization.bitplane import Bitplane
 from engine.quantization.format import WeightFormat
+from engine.quantization.gptq import Gptq
 from engine.quantization.wint2 import Wint2
 from engine.quantization.wint4 import Wint4
 from engine.quantization.wint8 import Wint8
 
-FORMATS: dict[str, type[WeightFormat]] = {cls.name: cls for cls in (Bf16, Wint8, Wint4, Wint2)}
+FORMATS: dict[str, type[WeightFormat]] = {cls.name: cls for cls in (Bf16, Wint8, Wint4, Wint2, Bitplane, Gptq)}
 
 
 def make_format(name: str, options: Mapping[str, Any] | None = None) -> WeightFormat:
@@ -34,10 +36,10 @@ def make_format(name: str, options: Mapping[str, Any] | None = None) -> WeightFo
 
 
 def format_options(weight_format: WeightFormat) -> dict[str, Any]:
-    """The options of a format for JSON; ``make_format(f.name, format_options(f)) == f``."""
+    """The options of a format for JSON; ``make_format(f.name, format_options(f)) == f``, choices at run time apart."""
     return {name: getattr(weight_format, name) for name in option_names(type(weight_format))}
 
 
 def option_names(cls: type[WeightFormat]) -> list[str]:
-    """The names of a format's options."""
-    return [field.name for field in fields(cls) if field.name != "dtype"]
+    """The names of a format's options; its keyword-only fields (dtype, planes to read) are choices of the reader."""
+    return [field.name for field in fields(cls) if not field.kw_only]

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from kernels.operands import CcqWeight, DenseWeight, Int4Weight, Int8Weight, Weight
+from kernels.operands import (
+    BitplaneWeight,
+    CcqWeight,
+    DenseWeight,
+    GroupedWeight,
+    Int4Weight,
+    Int8Weight,
+    SplitWeight,
+    Weight,
+)
 
 GROUP = 64
 """Rows that share a CCQ group scale."""
@@ -28,11 +38,18 @@ def dequantize(weight: Weight, dtype: torch.dtype) -> Tensor:
         decode = _ccq_permuted if weight.row_order == "permuted" else _ccq
         tensors = (weight.codes, weight.group_scales, weight.super_scales, weight.code_scale, weight.code_zp)
         return _each(decode, tensors, dtype)
+    if isinstance(weight, BitplaneWeight):
+        return _each(_bitplane, (weight.planes, weight.coefficients), dtype, dims=3)
+    if isinstance(weight, GroupedWeight):
+        return _each(partial(_grouped, bits=weight.bits), (weight.codes, weight.zeros, weight.scales), dtype)
+    if isinstance(weight, SplitWeight):
+        return torch.cat([dequantize(part, dtype) for part in weight.parts], dim=-1)
     raise TypeError(f"{type(weight).__name__} is not a weight operand; see kernels.operands")
 
 
-def _each(decode: Callable[..., Tensor], tensors: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
-    if tensors[0].dim() == 2:
+def _each(decode: Callable[..., Tensor], tensors: tuple[Tensor, ...], dtype: torch.dtype, *, dims: int = 2) -> Tensor:
+    """Decode one matrix, whose first tensor has ``dims`` dimensions, or a stack of them."""
+    if tensors[0].dim() == dims:
         return decode(*tensors).to(dtype)
     first = decode(*(t[0] for t in tensors))
     out = first.new_empty((tensors[0].shape[0], *first.shape), dtype=dtype)  # [E, N, K]
@@ -75,3 +92,30 @@ def _ccq_permuted(
     stored = _ccq(codes, group_scales, super_scales, code_scale, code_zp)  # [N, K]
     n, k = stored.shape
     return stored.reshape(n, k // GROUP, 4, 8, 2).transpose(2, 3).reshape(n, k)
+
+
+def unpack_words(words: Tensor, bits: int) -> Tensor:
+    """int32 [R, N] -> int32 [R*32/bits, N], 0 ... 2^bits - 1: the rows of each word, its lowest bits first."""
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device).view(1, -1, 1)
+    values: Tensor = (words.unsqueeze(1) >> shifts) & (2**bits - 1)  # the mask drops the sign's copies
+    return values.flatten(0, 1)
+
+
+def _bitplane(planes: Tensor, coefficients: Tensor) -> Tensor:
+    """Bit planes [K/32, k, N] and coefficients [K/G, k+1, N]: c0, then the planes added in their order."""
+    words, count, n = planes.shape
+    groups = coefficients.shape[0]
+    values = coefficients.float()
+    dense: Tensor = values[:, count:].expand(groups, words * 32 // groups, n)  # c0 is the last; [K/G, G, N]
+    for i in range(count):
+        bits = unpack_words(planes[:, i], 1).view(dense.shape)
+        dense = dense + bits * values[:, i : i + 1]
+    return dense.reshape(words * 32, n).t()  # [N, K]
+
+
+def _grouped(codes: Tensor, zeros: Tensor, scales: Tensor, *, bits: int) -> Tensor:
+    """Integers in words [K*bits/32, N], zero points and scales [K/G, N]."""
+    groups, n = scales.shape
+    values = unpack_words(codes, bits).view(groups, -1, n)  # [K/G, G, N]
+    dense = (values - zeros.to(torch.int32).unsqueeze(1)) * scales.float().unsqueeze(1)
+    return dense.view(-1, n).t()  # [N, K]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from engine import LLM, SamplingParams
-from engine.errors import ConfigError, EngineDeadError, RequestError
+from engine.errors import CheckpointError, ConfigError, EngineDeadError, RequestError
 from engine.seeds import choice_seed
 
 MODEL = Path(__file__).parents[2] / "examples" / "ernie-tiny" / "bf16"
@@ -239,7 +239,7 @@ def test_the_number_of_parameters_must_be_that_of_prompts(llm):
 def test_options_are_checked_by_name():
     with pytest.raises(ConfigError, match="max_num_seq:"):
         LLM(MODEL, max_num_seq=3)
-    with pytest.raises(ConfigError, match=r"config\.json"):
+    with pytest.raises(CheckpointError, match=r"there is no folder '.*nothing'"):
         LLM(MODEL / "nothing")
 
 

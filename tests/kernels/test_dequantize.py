@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from kernels import ops
-from kernels.operands import CcqWeight, DenseWeight, Int4Weight, Int8Weight
+from kernels.operands import BitplaneWeight, CcqWeight, DenseWeight, GroupedWeight, Int4Weight, Int8Weight
 from kernels.reference import dequantize
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
@@ -52,6 +53,41 @@ def test_int8_is_value_times_scale_of_its_output_feature():
 def test_int4_takes_the_low_nibble_first():
     weight = Int4Weight(torch.tensor([[0x0F, 0x80]], dtype=torch.uint8), torch.tensor([2.0]))
     assert dequantize(weight, torch.float32).tolist() == [[14.0, -16.0, -16.0, 0.0]]
+
+
+def test_bit_planes_add_their_coefficients_c0_last():
+    # K = 64 (two groups of 32), two planes, one column: row t has the bits of t.
+    word = [sum(((t >> i) & 1) << t for t in range(32)) for i in range(2)]
+    planes = torch.tensor([word, word]).to(torch.int32).unsqueeze(-1)  # [2, 2, 1]
+    coefficients = torch.tensor([[1.0, 2.0, -4.0], [0.5, 8.0, 16.0]]).bfloat16().unsqueeze(-1)  # [2, 3, 1]
+    expected = [-4.0, -3.0, -2.0, -1.0] * 8 + [16.0, 16.5, 24.0, 24.5] * 8
+    assert dequantize(BitplaneWeight(planes, coefficients), torch.bfloat16).tolist() == [expected]
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_grouped_integers_are_code_less_zero_times_scale(bits):
+    top = 2**bits - 1
+    words = torch.full((bits, 1), -1, dtype=torch.int32)  # 32 rows of the largest code
+    words[0] = -(2**bits)  # the first row is 0
+    weight = GroupedWeight(words, torch.tensor([[3]], dtype=torch.uint8), torch.tensor([[0.5]]).half(), bits)
+    assert dequantize(weight, torch.float32).tolist() == [[-1.5] + [(top - 3) / 2] * 31]
+
+
+def test_stacked_planes_and_groups_decode_like_each_alone():
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(-(2**31), 2**31, (3, 4, 2, 5), generator=generator).to(torch.int32)
+    coefficients = torch.randn(3, 2, 3, 5, generator=generator).bfloat16()
+    zeros = torch.randint(0, 16, (3, 1, 5), generator=generator).to(torch.uint8)
+    for stack in (
+        BitplaneWeight(words, coefficients),
+        GroupedWeight(words[:, :, 0], zeros, coefficients[:, :1, 0], 4),
+    ):
+        stacked = dequantize(stack, torch.bfloat16)
+        assert stacked.shape[:2] == (3, 5)
+        for e in range(3):
+            parts = {f.name: getattr(stack, f.name) for f in fields(stack)}
+            alone = replace(stack, **{name: t[e] for name, t in parts.items() if isinstance(t, torch.Tensor)})
+            assert torch.equal(stacked[e], dequantize(alone, torch.bfloat16))
 
 
 def test_stacked_experts_decode_like_each_alone():

@@ -114,12 +114,6 @@ def test_pickled_weights_are_refused_with_the_reason(tmp_path: Path, name: str) 
         CheckpointReader(tmp_path)
 
 
-def test_rank_folders_are_recognised(tmp_path: Path) -> None:
-    (tmp_path / "rank0").mkdir()
-    with pytest.raises(CheckpointError, match=r"cut for a fixed number of ranks.*repository for one card"):
-        CheckpointReader(tmp_path)
-
-
 def test_a_folder_without_weights(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds no weights"):
         CheckpointReader(tmp_path)

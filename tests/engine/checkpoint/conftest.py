@@ -1,0 +1,3 @@
+from model_fixtures import rank_pool
+
+__all__ = ["rank_pool"]
