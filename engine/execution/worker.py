@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from engine import row_order
 from engine.checkpoint.loader import ShardedWeights
 from engine.checkpoint.partition import check_size
 from engine.config import EngineConfig, ModelConfig
@@ -21,6 +22,8 @@ from engine.execution.runner import ModelRunner
 from engine.layers.attention import heads_per_rank
 from engine.models import DecoderModel, build_model
 from engine.quantization.config import QuantizationConfig
+from engine.quantization.format import RowOrder
+from engine.quantization.served import as_served
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -62,7 +65,10 @@ class Worker:
         self.device = choose_device(config, rank)
         self.dtype = choose_dtype(config, self.device)
         self.max_model_len = choose_max_model_len(config, model)
-        check_size(model, QuantizationConfig.from_json(model.quantization), world_size)
+        self._quantization = as_served(
+            QuantizationConfig.from_json(model.quantization), on_load=config.quantization, planes=config.planes
+        )
+        check_size(model, self._quantization, world_size)
         _, self._num_kv_heads = heads_per_rank(model, world_size)
         self._rendezvous = rendezvous or ""
         self._progress = progress
@@ -81,17 +87,19 @@ class Worker:
 
         Raises:
             CheckpointError: the folder is not what its config.json says.
-            ConfigError: no memory for the weights.
+            ConfigError: no memory for the weights, or no telling in which row order they are.
         """
         self._limit_threads()
+        folder = Path(self.config.model)
         weights = ShardedWeights(
-            Path(self.config.model),
+            folder,
             self.model,
             rank=self.group.rank,
             world_size=self.group.world_size,
             dtype=self.dtype,
             device=self.device,
-            row_order=self.config.row_order,
+            quantization=self._quantization,
+            row_order=self._row_order(folder),
             progress=self._progress,
         )
         try:
@@ -146,6 +154,18 @@ class Worker:
         if self._runner is None:
             raise RuntimeError("num_kv_blocks of a worker that is not initialized, or closed")
         return self._runner.cache.num_blocks
+
+    def _row_order(self, folder: Path) -> RowOrder | None:
+        if self.config.row_order != "auto":
+            return self.config.row_order
+        reference = self.config.row_order_reference
+        return row_order.resolve(
+            folder,
+            self.model,
+            reference=None if reference is None else Path(reference),
+            device=self.device,
+            dtype=self.dtype,
+        )
 
     def _limit_threads(self) -> None:
         # OpenMP keeps the number of threads for each thread that starts parallel work.
