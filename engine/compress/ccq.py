@@ -1,162 +1,233 @@
 """A CCQ encoder: WINT2 bytes for the public decoder (``engine.quantization.wint2``).
 
-Baidu's encoder was never published. This one fixes a single codebook of 256 four-vectors for the whole tensor,
-searches a scale for each group of 64 rows, rounds the scales to the format's two levels, and chooses every byte by
-exhaustive search *under the rounded scales*. It carries no error from one word to the next.
+Baidu's encoder was never published. This one fixes a single codebook of 256 four-vectors for the whole tensor and goes
+through the groups of 64 rows with error feedback, a word of four rows at a time (``words``, ``beam``); then it searches
+each group again given all others (``descent``).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from engine.compress import beam, scales
+from engine.compress.codebook import CODE, PAIRS, Codebook, Pair
+from engine.compress.descent import State, descend
+from engine.compress.hessian import Metric
 from engine.compress.packed import PackedWeight
-from engine.errors import UnsupportedError
+from engine.compress.words import GROUP_WORDS, Tables
+from engine.errors import CheckpointError, ConfigError, UnsupportedError
 from engine.quantization import wint2
 from engine.quantization.format import RowOrder
 
-CODE = (120.8612, 548.348)
-"""(code_scale, code_zp): which 256 of the 2^15 trellis words exist. The pair acts like a random seed; this is the
-best of many tried on Gaussian weights: relative squared error .106, where the median pair has .125."""
+_CPU_ROWS = 1024
+_GPU_ROWS = 8192
+_HEADROOM = 13
+"""The largest group scale of a row to begin with: 15 leaves the search no larger one."""
+_NEAR = (-1, 0, 1)  # what to try adding to a group scale that was searched for
+_FAR = (-4, -2, -1, 0, 1, 2, 4)  # and to one that was guessed
 
-_MAX_SCALE = 15
-_CHUNK_WORDS = 4096  # distances of so many words to 256 codes (4 MiB) stay in a core's cache
-_GRID = (0.55, 1.6, 16)  # scales tried, relative to the one that gives the codebook the group's RMS
-_REFITS = 1
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CcqOptions:
+    """The steps of the encoder, each of which can be left out.
+
+    Attributes:
+        search_again: choose bytes and group scales once more under the rounded scales.
+        feedback: carry each word's error to the words after it.
+        metric: choose words by what their errors cost; without, by plain distance.
+        running_scales: choose group scales during the pass, on the weights as earlier errors leave them; without,
+            before it. Needs feedback.
+        heavy_first: begin with the groups, and in them the words, whose inputs are the largest.
+        beams: ways the pass keeps; 1 is greedy.
+        sweeps: how often coordinate descent goes over all words and scales.
+    """
+
+    search_again: bool = True
+    feedback: bool = True
+    metric: bool = True
+    running_scales: bool = True
+    heavy_first: bool = True
+    beams: int = 4
+    sweeps: int = 2
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.beams <= 64 or self.sweeps < 0:
+            raise ConfigError(f"beams={self.beams}, sweeps={self.sweeps}; expected 1 to 64 beams, 0 sweeps or more")
+        if self.beams > 1 and not (self.metric and self.feedback):
+            raise ConfigError("a beam search compares ways by what their errors cost; it needs metric and feedback")
+
+
+EFFORTS: dict[str, CcqOptions] = {
+    "fast": CcqOptions(beams=1, sweeps=0),
+    "default": CcqOptions(),
+    "best": CcqOptions(beams=8, sweeps=4),
+}
+Effort = Literal["fast", "default", "best"]
 
 
 def quantize(
     weight: Tensor,
-    hessian: Tensor | None = None,
+    hessian: Tensor | Metric | None = None,
     *,
-    code: tuple[float, float] = CODE,
     row_order: RowOrder = "plain",
+    code: Pair | None = None,
+    codebook: Literal["tensor", "column"] = "tensor",
+    options: CcqOptions | Effort = "default",
 ) -> PackedWeight:
     """Quantize a linear to 2.0625 bits a weight (and 10 bytes an output feature).
 
     Args:
         weight: [out, in], in a multiple of 64.
-        hessian: [in, in], X X^T of calibration inputs; its diagonal weights the errors of the input features.
-        code: (code_scale, code_zp), one pair for the whole tensor.
+        hessian: [in, in], X X^T of calibration inputs. None: no input is related to another, nothing is fed back.
         row_order: order of rows inside a group of 64, see ``engine.quantization.wint2``.
+        code: (code_scale, code_zp); None: the best known.
+        codebook: one pair for all columns, from which a kernel can make one table; or for each column the best of
+            ``codebook.PAIRS``, at their number times the cost.
+        options: the steps, or an effort: "fast", "default", "best".
 
     Raises:
         UnsupportedError: ``in`` is not a multiple of 64.
+        ConfigError: the Hessian is not one (see :class:`Metric`), or ``code`` makes no codebook.
+        CheckpointError: the weight holds values that are not finite.
     """
     out_features, in_features = weight.shape
     weight_format = wint2.Wint2(row_order=row_order)
-    weight_format.tensors(in_features, out_features)
-    if hessian is not None and hessian.shape != (in_features, in_features):
-        raise UnsupportedError(f"hessian {list(hessian.shape)}; expected [{in_features}, {in_features}]")
-    codebook = Codebook.of(code, device=weight.device)
-    words = _stored_words(weight, row_order)
-    importance = torch.ones(in_features, device=weight.device) if hessian is None else hessian.diagonal().float()
-    importance = _stored_words((importance / importance.mean().clamp(min=1e-30))[None], row_order)
-    columns = max(1, _CHUNK_WORDS * wint2.WORD_ROWS // in_features)
-    parts = [_quantize_columns(chunk, importance, codebook) for chunk in torch.split(words, columns)]
-    codes, scales, supers = (torch.cat(part) for part in zip(*parts, strict=True))
-    constants = [torch.full((out_features,), value, device=weight.device) for value in code]
+    if in_features % wint2.GROUP_ROWS:
+        raise UnsupportedError(
+            f"CCQ (wint2) needs K in multiples of 64; found K={in_features}. WINT8 and WINT4 need the same; "
+            "bitplane with group_size=32 takes multiples of 32, bf16 any"
+        )
+    if not weight.isfinite().all():
+        raise CheckpointError("the weight holds values that are not finite; it can't be quantized")
+    if codebook == "column" and code is not None:
+        raise ConfigError(f"code pair {code} for columns that choose their own; give one of code and codebook")
+    chosen = EFFORTS[options] if isinstance(options, str) else options
+    if hessian is None:  # nothing to carry, and no two words that depend on each other
+        chosen = replace(chosen, feedback=False, metric=False, beams=1, sweeps=0)
+    pairs = PAIRS if codebook == "column" else (code or CODE,)
+    encoder = _Encoder(weight, hessian, row_order=row_order, pairs=pairs, options=chosen)
+    rows = _CPU_ROWS if weight.device.type == "cpu" else _GPU_ROWS
+    parts = [encoder.run(part) for part in torch.split(weight, rows)]
+    codes, levels, supers, which = (torch.cat(part) for part in zip(*parts, strict=True))
+    table = torch.tensor(pairs, dtype=torch.float32, device=weight.device)[which]  # [N, 2]
     return PackedWeight(
         weight_format=weight_format,
         shape=(out_features, in_features),
         tensors={
-            "quant_weight": codes.flatten(1).T.contiguous(),  # [K/4, N]
-            "weight_scale": wint2.pack_scales(scales.T).contiguous(),  # [K/128, N]
+            "quant_weight": codes.T.contiguous(),  # [K/4, N]
+            "weight_scale": wint2.pack_scales(levels.T).contiguous(),  # [K/128, N]
             "super_scales": supers,
-            "code_scale": constants[0],
-            "code_zp": constants[1],
+            "code_scale": table[:, 0].contiguous(),
+            "code_zp": table[:, 1].contiguous(),
         },
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Codebook:
-    """The 256 four-vectors that the bytes stand for.
+class _Encoder:
+    """What all rows of a matrix share."""
 
-    ``vectors`` fp32 [256, 4]; ``table`` fp32 [8, 256]: the vectors and their squares, for distances as one product.
+    def __init__(
+        self,
+        weight: Tensor,
+        hessian: Tensor | Metric | None,
+        *,
+        row_order: RowOrder,
+        pairs: Sequence[Pair],
+        options: CcqOptions,
+    ) -> None:
+        k, device = weight.shape[1], weight.device
+        metric = Metric.of(hessian, k, device=device)
+        stored = wint2.stored_rows(torch.arange(k, device=device).view(-1, wint2.GROUP_ROWS), row_order).flatten()
+        words = torch.arange(k // wint2.WORD_ROWS, device=device)
+        self._words = _heavy_first(metric.matrix.diagonal()[stored]) if options.heavy_first else words
+        self._order = stored.view(-1, wint2.WORD_ROWS)[self._words].flatten()
+        self._matrix = metric.matrix[self._order][:, self._order]
+        self._options = options
+        self._factor = metric.inverse_factor(self._order) if options.feedback else None
+        by_word = _block_factors(self._matrix, wint2.WORD_ROWS)
+        by_group = _block_factors(self._matrix, wint2.GROUP_ROWS)
+        carried = by_word if self._factor is None else _diagonal_blocks(self._factor, wint2.GROUP_ROWS)
+        books = [Codebook.of(pair, device=device) for pair in pairs]
+        self._alone = [Tables.of(book, by_word, metric=options.metric) for book in books]
+        self._carried = [Tables.of(book, carried, metric=options.metric) for book in books]
+        self._groups = [Tables.of(book, by_group) for book in books]
+
+    def run(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Some rows [R, K]: codes uint8 [R, K/4], levels uint8 [R, groups], supers bf16 [R], which pair int64 [R]."""
+        full = weight.float()
+        exponent = torch.frexp(full.abs().amax(dim=1)).exponent  # any size of weights, no overflow
+        rows = torch.ldexp(full, -exponent[:, None])[:, self._order]
+        best, which = self._encode(rows, 0), torch.zeros_like(exponent, dtype=torch.int64)
+        if len(self._carried) > 1:
+            least = self._cost(rows, best, 0)
+            for pair in range(1, len(self._carried)):
+                state = self._encode(rows, pair)
+                cost = self._cost(rows, state, pair)
+                better = cost < least
+                least, which[better] = torch.minimum(cost, least), pair
+                best.take(state, better)
+        codes = torch.empty_like(best.codes, dtype=torch.uint8).flatten(1)
+        codes[:, self._words] = best.codes.flatten(1).to(torch.uint8)
+        levels = torch.empty_like(best.levels, dtype=torch.uint8)
+        levels[:, self._words[::GROUP_WORDS] // GROUP_WORDS] = best.levels.to(torch.uint8)
+        return codes, levels, torch.ldexp(best.supers, exponent).bfloat16(), which
+
+    def _encode(self, rows: Tensor, pair: int) -> State:
+        options, tables, factor = self._options, self._carried[pair], self._factor
+        if factor is not None and options.running_scales:
+            guess = scales.guess(rows, tables.book, factor.diagonal() ** -2) * scales.FEEDBACK_MARGIN
+            supers = scales.super_of(guess, _HEADROOM)
+            steps: Sequence[int] = _FAR
+        else:
+            guess = scales.searched(rows, self._alone[pair])
+            supers = scales.super_of(guess, scales.LARGEST)
+            steps = _NEAR
+        levels = scales.levels_of(guess, supers)
+        if options.search_again:
+            codes, levels = beam.run(rows, tables, factor, levels, supers, steps=steps, beams=options.beams)
+        else:
+            codes, _ = beam.run(rows, tables, factor, guess, torch.ones_like(supers), beams=options.beams)
+        state = State(codes, levels, supers)
+        if options.sweeps:
+            groups = self._groups[pair]
+            descend(rows, self._matrix, groups, state, sweeps=options.sweeps, beams=options.beams)
+        return state
+
+    def _cost(self, rows: Tensor, state: State, pair: int) -> Tensor:
+        """``(q - w) H (q - w)^T`` of each row, [R]."""
+        error = rows - state.unscaled(self._carried[pair].book) * state.supers[:, None]
+        return ((error @ self._matrix) * error).sum(dim=1)
+
+
+def _heavy_first(diagonal: Tensor) -> Tensor:
+    """The words, int64 [K/4], groups kept whole: the heaviest group first, and in it the heaviest word.
+
+    As heavy counts the largest diagonal value of H, [K]. Who is chosen early has more inputs left to make up for it.
     """
-
-    vectors: Tensor
-    table: Tensor
-
-    @classmethod
-    def of(cls, code: tuple[float, float], *, device: torch.device) -> Codebook:
-        """The codebook of a (code_scale, code_zp) pair."""
-        bytes_ = torch.arange(256, dtype=torch.uint8, device=device)[:, None]  # one column of every byte: K = 1024
-        scales = wint2.pack_scales(torch.ones(16, 1, dtype=torch.uint8, device=device))
-        one, scale, zero = (torch.tensor([value], device=device) for value in (1.0, *code))
-        decoded = wint2.dequantize(bytes_, scales, one, scale, zero, row_order="plain")
-        vectors = decoded.float().view(256, wint2.WORD_ROWS)
-        return cls(vectors=vectors, table=torch.cat((vectors.T, vectors.T.square())))
-
-    def distances(self, words: Tensor, importance: Tensor, scale: Tensor) -> Tensor:
-        """Weighted squared distances of words to scaled codes, less the words' own squares.
-
-        Args:
-            words: [columns, groups, 16, 4].
-            importance: weight of each input feature, [1, groups, 16, 4].
-            scale: [columns, groups].
-
-        Returns:
-            [columns * groups * 16, 256]: sum over the four of h (x - s c)^2 - h x^2.
-        """
-        s = scale[..., None, None]
-        features = torch.cat((-2 * s * importance * words, s.square() * importance.expand_as(words)), dim=-1)
-        return features.view(-1, 2 * wint2.WORD_ROWS) @ self.table
+    heaviness = diagonal.view(-1, GROUP_WORDS, wint2.WORD_ROWS).amax(dim=2)  # [groups, 16]
+    inside = heaviness.argsort(dim=1, descending=True, stable=True)
+    groups = heaviness.amax(dim=1).argsort(descending=True, stable=True)
+    return (inside + torch.arange(len(groups), device=inside.device)[:, None] * GROUP_WORDS)[groups].flatten()
 
 
-def _stored_words(weight: Tensor, row_order: RowOrder) -> Tensor:
-    """[N, K] in logical order -> fp32 [N, groups, 16, 4] in stored order."""
-    stored = wint2.stored_rows(weight.float().reshape(len(weight), -1, wint2.GROUP_ROWS), row_order)
-    return stored.reshape(len(weight), -1, wint2.GROUP_ROWS // wint2.WORD_ROWS, wint2.WORD_ROWS)
+def _diagonal_blocks(matrix: Tensor, size: int) -> Tensor:
+    """[K, K] -> the blocks on its diagonal, [K/size, size, size]."""
+    count = len(matrix) // size
+    blocks: Tensor = matrix.view(count, size, count, size).diagonal(dim1=0, dim2=2).movedim(-1, 0)
+    return blocks
 
 
-def _quantize_columns(words: Tensor, importance: Tensor, codebook: Codebook) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes uint8 [columns, groups, 16], group scales uint8 [columns, groups], super scales bf16 [columns]."""
-    # Real scales: the best of a grid around the group's RMS, then a least-squares fit to the codes it leads to.
-    rms = words.square().mean(dim=(2, 3)).sqrt() / codebook.vectors.square().mean().sqrt()  # [columns, groups]
-    first, last, count = _GRID
-    grid = torch.linspace(first, last, count, device=words.device)[:, None, None] * rms
-    real = _pick(grid, _errors(words, importance, codebook, grid))
-    real = _fit(words, codebook.vectors[_nearest(words, importance, codebook, real)], importance, dims=(2, 3))
-
-    supers = (real.clamp(min=0).amax(dim=1) / _MAX_SCALE).bfloat16()  # [columns]
-    scales = (real / _positive(supers.float())[:, None]).round()
-    steps = torch.tensor([-1.0, 0.0, 1.0], device=words.device)[:, None, None]
-    for refit in range(_REFITS + 1):
-        unit = supers.float()[:, None]
-        near = (scales + steps).clamp(0, _MAX_SCALE)
-        scales = _pick(near, _errors(words, importance, codebook, near * unit))
-        codes = _nearest(words, importance, codebook, scales * unit)
-        if refit < _REFITS:
-            chosen = codebook.vectors[codes] * scales[..., None, None]
-            supers = _fit(words, chosen, importance, dims=(1, 2, 3)).clamp(min=0).bfloat16()
-    return codes.to(torch.uint8), scales.to(torch.uint8), supers
-
-
-def _errors(words: Tensor, importance: Tensor, codebook: Codebook, scales: Tensor) -> Tensor:
-    """The least error of each group under each of its candidate scales [candidates, columns, groups], same shape."""
-    per_word = torch.stack([codebook.distances(words, importance, scale).amin(dim=1) for scale in scales])
-    return per_word.view(len(scales), *words.shape[:3]).sum(dim=-1)
-
-
-def _pick(candidates: Tensor, errors: Tensor) -> Tensor:
-    """[candidates, columns, groups], twice -> the candidate of least error [columns, groups]."""
-    return candidates.gather(0, errors.argmin(dim=0, keepdim=True))[0]
-
-
-def _nearest(words: Tensor, importance: Tensor, codebook: Codebook, scale: Tensor) -> Tensor:
-    """The best code of each word, int64 [columns, groups, 16]."""
-    return codebook.distances(words, importance, scale).argmin(dim=1).view(words.shape[:3])
-
-
-def _fit(words: Tensor, chosen: Tensor, importance: Tensor, *, dims: tuple[int, ...]) -> Tensor:
-    """The scale s that minimises the sum over ``dims`` of h (x - s q)^2: <h x, q> / <h q, q>."""
-    weighted = importance * chosen
-    return (words * weighted).sum(dim=dims) / _positive((chosen * weighted).sum(dim=dims))
-
-
-def _positive(value: Tensor) -> Tensor:
-    return value.clamp(min=torch.finfo(torch.float32).tiny)
+def _block_factors(matrix: Tensor, size: int) -> Tensor:
+    """U of H's diagonal blocks of ``size`` inputs, each as if there were no others: fp32 [K/64, 64, 64]."""
+    blocks = _diagonal_blocks(matrix, size).double()
+    upper = torch.linalg.cholesky(blocks.flip(1, 2)).flip(1, 2)  # H_bb = R R^T
+    factors: Tensor = torch.linalg.inv(upper).float()
+    each = wint2.GROUP_ROWS // size
+    whole: Tensor = factors.new_zeros(len(blocks) // each, each, size, each, size)
+    whole.diagonal(dim1=1, dim2=3)[:] = factors.view(-1, each, size, size).movedim(1, -1)
+    return whole.reshape(-1, wint2.GROUP_ROWS, wint2.GROUP_ROWS)

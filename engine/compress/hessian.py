@@ -100,25 +100,3 @@ def _inverse_factor(matrix: Tensor) -> Tensor:
     identity = torch.eye(len(matrix), dtype=upper.dtype, device=matrix.device)
     factor: Tensor = torch.linalg.solve_triangular(upper, identity, upper=True)
     return factor.float()
-
-
-def shrink(hessian: Tensor, towards: Tensor | None, *, tokens: float, needed: float) -> Tensor:
-    """A Hessian of too few tokens, blended with one that is known better.
-
-    ``a H + (1 - a) T`` with ``a = tokens / needed`` (1 from ``needed`` tokens on), both scaled to the same trace.
-
-    Args:
-        hessian: [K, K] of ``tokens`` tokens.
-        towards: T, the layer's mean over its experts; None stands for the identity.
-        tokens: how many tokens H was made of.
-        needed: from how many on H is trusted alone.
-    """
-    weight = min(1.0, tokens / needed) if needed > 0 else 1.0
-    if weight == 1.0:
-        return hessian
-    k = len(hessian)
-    target = torch.eye(k, dtype=hessian.dtype, device=hessian.device) if towards is None else towards
-    tiny = torch.finfo(torch.float32).tiny
-    unit = k / target.diagonal().sum().clamp(min=tiny)
-    own = k / hessian.diagonal().sum().clamp(min=tiny)
-    return weight * own * hessian + (1 - weight) * unit * target

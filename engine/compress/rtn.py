@@ -1,4 +1,4 @@
-"""Round to nearest: WINT8 and WINT4 with one absmax scale an output feature, in Paddle's bytes."""
+"""Round to nearest: integers on a grid, each weight for itself."""
 
 from __future__ import annotations
 
@@ -7,38 +7,56 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from engine.checkpoint import paddle_layout
+from engine.compress.feedback import chunks
+from engine.compress.grid import Codes, Grid
+from engine.compress.hessian import Metric
+from engine.compress.integers import Integers, format_of
 from engine.compress.packed import PackedWeight
-from engine.quantization.registry import make_format
-
-_LARGEST = {8: 127, 4: 7}
 
 
-def quantize(weight: Tensor, hessian: Tensor | None = None, *, bits: Literal[4, 8] = 8) -> PackedWeight:
-    """Quantize a linear as ``paddle.nn.quant.weight_quantize`` does (weight_only_int8, weight_only_int4; arch 80).
+def quantize(
+    weight: Tensor,
+    hessian: Tensor | Metric | None = None,
+    *,
+    bits: Literal[2, 4, 8] = 8,
+    group_size: int | None = None,
+    clip: bool = False,
+) -> PackedWeight:
+    """Quantize a linear.
 
-    Values are rounded against the scale as it is stored (bf16), which Paddle does not do; that is a step's
-    difference in a few values and less error.
+    Without groups and clipping as ``paddle.nn.quant.weight_quantize`` does (weight_only_int8, weight_only_int4; arch
+    80), but that values are rounded against the scale as it is stored (bf16): a step's difference in a few values and
+    less error.
 
     Args:
-        weight: [out, in], in a multiple of 64, out of 2 (8 bits) or 4 (4 bits).
-        hessian: taken for the encoders' common signature; rounding to nearest has no use for it.
-        bits: 8 or 4.
+        weight: [out, in].
+        hessian: [in, in], X X^T of calibration inputs; its diagonal weights errors in the search for a grid. Rounding
+            itself has no use for it.
+        bits: 2, 4 or 8.
+        group_size: inputs that share a scale and a zero point, ``gptq`` format. None: one scale an output feature, in
+            Paddle's bytes (``wint4``, ``wint8``).
+        clip: search the grid of least squared error, or span the extremes.
 
     Raises:
-        UnsupportedError: the shape has no Paddle layout.
+        UnsupportedError: the format can't hold the shape, or there is no format for the options.
+        ConfigError: the Hessian is not one (see :class:`Metric`).
+        CheckpointError: the weight holds values that are not finite.
     """
-    out_features, in_features = weight.shape
-    weight_format = make_format(f"wint{bits}")
-    weight_format.tensors(in_features, out_features)
-    largest = _LARGEST[bits]
-    full = weight.float()
-    scale = (full.abs().amax(dim=1) / largest).bfloat16()  # [out]
-    divisor = scale.float().clamp(min=torch.finfo(torch.float32).tiny)
-    values = (full / divisor[:, None]).round().clamp(-largest, largest).to(torch.int8)
-    encode = paddle_layout.encode_int8 if bits == 8 else paddle_layout.encode_int4
-    return PackedWeight(
-        weight_format=weight_format,
-        shape=(out_features, in_features),
-        tensors={"quant_weight": encode(values.T), "weight_scale": scale},
-    )
+    n, k = weight.shape
+    format_of(bits=bits, group_size=group_size).tensors(k, n)
+    importance = Metric.of(hessian, k, device=weight.device).matrix.diagonal()
+    kind = Codes.symmetric(bits) if group_size is None else Codes.asymmetric(bits)
+    size = group_size or k
+    codes = torch.empty((k, n), dtype=torch.int16, device=weight.device)
+    zeros = torch.empty((k // size, n), dtype=torch.int32, device=weight.device)
+    scales = torch.empty_like(zeros, dtype=kind.dtype)
+    column = 0
+    for rows in chunks(weight):
+        part = slice(column, column := column + rows.shape[1])
+        for group in range(k // size):
+            inputs = slice(group * size, (group + 1) * size)
+            values = rows[inputs]
+            grid = Grid.clipping(kind, values, importance[inputs]) if clip else Grid.spanning(kind, values)
+            codes[inputs, part] = grid.codes(values).to(codes.dtype)
+            zeros[group, part], scales[group, part] = grid.zeros, grid.scales
+    return Integers(codes, zeros, scales).packed(bits=bits, group_size=group_size)

@@ -6,15 +6,12 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
+import corpus
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout without installing it
 
-from engine.compress.pipeline import Report, quantize_folder, two_bit_plan
-from engine.config import ModelConfig
+from deployments.commands.quantize import QuantizeOptions, run_quantize
 from engine.errors import DibitError
 
 HERE = Path(__file__).resolve().parent
@@ -27,7 +24,8 @@ The result has the tensors, names and quantization_config of baidu/ERNIE-4.5-300
   embedding, head, norms      bf16
   router                      fp32
 
-There is no calibration data: every scale and byte is chosen for the least error of the weights themselves.
+It is what "dibit quantize bf16 --out 2bits" does, with one difference: the calibration text is the example's training
+split of the standard library, so that evaluate.py measures it on files that neither training nor calibration saw.
 --wint4-layers 2 gives the experts of the second MoE layer 4 bits too.
 """
 
@@ -46,45 +44,31 @@ def main() -> int:
         default="plain",
         help="order of rows in a WINT2 group: plain (FastDeploy 2.0) or permuted (2.1 and later; default: %(default)s)",
     )
+    parser.add_argument("--num-samples", type=int, default=128, help="calibration sequences (default: %(default)s)")
+    parser.add_argument("--sequence-length", type=int, default=512, help="tokens in each (default: %(default)s)")
+    parser.add_argument("--resume", action="store_true", help="go on with an unfinished run")
     parser.add_argument("--overwrite", action="store_true", help="replace the target folder if it is there")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)  # the matrices are small: more threads would only wait for each other
-    console = Console()
+    options = QuantizeOptions(
+        model=arguments.source,
+        out=arguments.target,
+        wint4_layers=arguments.wint4_layers,
+        row_order=arguments.row_order,
+        num_samples=arguments.num_samples,
+        sequence_length=arguments.sequence_length,
+        device="cpu",
+        num_threads=1,  # the matrices are small: more threads would only wait for each other
+        resume=arguments.resume,
+        overwrite=arguments.overwrite,
+    )
     try:
-        config = ModelConfig.from_folder(arguments.source)
-        plan = two_bit_plan(config, wint4_layers=arguments.wint4_layers, row_order=arguments.row_order)
-        columns = (TextColumn("{task.description:44}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=console) as bar:
-            task = bar.add_task("reading")
-            report = quantize_folder(
-                arguments.source,
-                arguments.target,
-                plan=plan,
-                overwrite=arguments.overwrite,
-                progress=lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
-            )
+        run_quantize(options, [source.text for source in corpus.sources(held_out=False)])
     except DibitError as error:
         Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False)
         return 1
-    console.print(summary(report))
-    for folder in (arguments.source, arguments.target):
-        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-        console.print(f"{folder}: {size / 1e6:.2f} MB")
+    except KeyboardInterrupt:
+        return 130
     return 0
-
-
-def summary(report: Report) -> Table:
-    """What was written, by group and format."""
-    table = Table("group", "format", "weights", "bits a weight", "relative squared error")
-    for group in report.groups.values():
-        table.add_row(
-            group.group,
-            group.format,
-            f"{group.num_weights:,}",
-            f"{group.bits_per_weight:.3f}",
-            f"{group.relative_error:.2e}",
-        )
-    return table
 
 
 if __name__ == "__main__":

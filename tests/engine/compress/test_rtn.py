@@ -8,9 +8,13 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
+from correlated_layers import exact
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from engine.checkpoint import paddle_layout
 from engine.compress import rtn
+from engine.compress.packed import relative_error
 from engine.errors import UnsupportedError
 
 GOLDEN = Path(__file__).parents[2] / "data" / "golden"
@@ -51,3 +55,42 @@ def test_error_is_within_half_a_step(bits: Literal[4, 8]) -> None:
 def test_a_shape_without_a_layout_is_refused() -> None:
     with pytest.raises(UnsupportedError, match="wint8 needs K in multiples of 64"):
         rtn.quantize(torch.zeros(4, 100))
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    bits=st.sampled_from([2, 4, 8]),
+    group_size=st.sampled_from([32, 64, 128]),
+    shift=st.floats(-3, 3),
+    seed=st.integers(0, 99),
+)
+def test_every_group_spans_its_values_and_a_searched_grid_is_no_worse(
+    bits: Literal[2, 4, 8], group_size: int, shift: float, seed: int
+) -> None:
+    weight = torch.randn(16, 128, generator=torch.Generator().manual_seed(seed)) + shift
+    spanning, clipped = (rtn.quantize(weight, bits=bits, group_size=group_size, clip=clip) for clip in (False, True))
+    groups = weight.view(16, -1, group_size)
+    step = (groups.amax(dim=2).clamp(min=0) - groups.amin(dim=2).clamp(max=0)) / (2**bits - 1)
+    error = (exact(spanning) - weight).abs().view_as(groups)
+    # The zero point is rounded: values at an end may lie half a step outside, besides the half step of rounding.
+    assert (error <= step[..., None] * 1.01).all()
+    assert (exact(clipped) - weight).square().sum() <= (exact(spanning) - weight).square().sum()
+
+
+def test_two_bits_in_groups() -> None:
+    weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
+    spanning, clipped = (rtn.quantize(weight, bits=2, group_size=64, clip=clip) for clip in (False, True))
+    assert spanning.bits_per_weight == clipped.bits_per_weight == 2 + (16 + 2) / 64
+    # A Gaussian's best four evenly spaced levels have .119; a grid that has to hold 0 has more.
+    assert 0.119 < relative_error(weight, clipped) < 0.16 < relative_error(weight, spanning)
+
+
+def test_inputs_of_weight_get_the_better_fitting_grid() -> None:
+    weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+    importance = torch.ones(128)
+    importance[:8] = 50
+    plain, weighted = (
+        (rtn.quantize(weight, hessian, bits=2, group_size=64, clip=True).dequantize().float() - weight).square()
+        for hessian in (None, torch.diag(importance))
+    )
+    assert (importance * weighted).sum() < 0.8 * (importance * plain).sum()

@@ -1,0 +1,1 @@
+from model_fixtures import random_checkpoint as random_checkpoint
