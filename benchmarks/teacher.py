@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,27 +22,13 @@ class Teacher:
     """A model that is shown whole windows of text. Close it when done.
 
     Args:
-        folder: the model.
-        length: tokens of a window.
+        config: of an engine whose steps hold one window, which is one block of its cache.
     """
 
-    def __init__(self, folder: Path, length: int, *, num_threads: int = 1, planes: int | None = None) -> None:
-        options = {} if planes is None else {"planes": planes}
-        config = EngineConfig.model_validate(
-            {
-                "model": str(folder),
-                "device": "cpu",
-                "max_model_len": length,
-                "max_num_seqs": 1,
-                "max_num_batched_tokens": length,
-                "block_size": length,
-                "num_kv_blocks": 1,
-                "num_threads": num_threads,
-                **options,
-            }
-        )
-        self._worker = Worker(config, ModelConfig.from_folder(folder))
+    def __init__(self, config: EngineConfig) -> None:
+        self._worker = Worker(config, ModelConfig.from_folder(config.model))
         self._worker.initialize()
+        length = config.max_num_batched_tokens
         self._step: StepInput = dataclasses.replace(
             dummy_step(length, 1, length), logits_rows=np.arange(length, dtype=np.int32)
         )
