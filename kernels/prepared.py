@@ -3,8 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
+
+
+class Prepared(Protocol):
+    """A matrix, or a stack of experts' matrices, in a layout of the backend that made it, and that alone can use it."""
+
+    @property
+    def out_features(self) -> int:
+        """N."""
+
+    @property
+    def in_features(self) -> int:
+        """K."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory it takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,5 +52,14 @@ class DensePrepared:
         """K."""
         return self.weight.shape[-1]
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory it takes."""
+        return self.weight.numel() * self.weight.element_size()
 
-Prepared = DensePrepared
+
+def dense(weight: Prepared) -> DensePrepared:
+    """The decoded matrix that a backend for dense weights made. Raises TypeError for another backend's."""
+    if not isinstance(weight, DensePrepared):
+        raise TypeError(f"{type(weight).__name__} was prepared for another device; see kernels.ops.prepare")
+    return weight

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.prepared import Prepared
+from kernels.prepared import Prepared, dense
 
 
 def silu_and_mul(x: Tensor) -> Tensor:
@@ -30,15 +30,16 @@ def fused_moe(x: Tensor, gate_up: Prepared, down: Prepared, weights: Tensor, ids
     The k results of a token are summed in the order of `ids`, whatever else is in the batch.
     """
     weights = weights.to(x.dtype)
+    first, second = dense(gate_up).experts, dense(down).experts
     if x.shape[0] == 1:
-        return _one_token(x, gate_up.experts, down.experts, weights, ids)
+        return _one_token(x, first, second, weights, ids)
     tokens, top_k = ids.shape
     flat = ids.reshape(-1)  # [T*k]
     order = flat.argsort(stable=True)
-    counts = torch.bincount(flat, minlength=len(gate_up.experts)).tolist()
+    counts = torch.bincount(flat, minlength=len(first)).tolist()
     rows = x.index_select(0, order // top_k)  # [T*k, H], by expert
-    hidden = silu_and_mul(_grouped(rows, counts, gate_up.experts))  # [T*k, I]
-    result = _grouped(hidden, counts, down.experts)  # [T*k, H]
+    hidden = silu_and_mul(_grouped(rows, counts, first))  # [T*k, I]
+    result = _grouped(hidden, counts, second)  # [T*k, H]
     by_token = torch.empty_like(result).index_copy_(0, order, result).view(tokens, top_k, -1)  # [T, k, H]
     return torch.bmm(weights.unsqueeze(1), by_token).squeeze(1)
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.operands import Weight
-from kernels.prepared import DensePrepared, Prepared
+from kernels.prepared import DensePrepared, Prepared, dense
 from kernels.reference.dequantize import dequantize
 
 
@@ -18,7 +18,7 @@ def prepare(weight: Weight, *, dtype: torch.dtype, device: torch.device) -> Prep
 
 def linear(x: Tensor, weight: Prepared, bias: Tensor | None = None) -> Tensor:
     """[T, K] -> [T, N]."""
-    return F.linear(x, weight.weight, bias)
+    return F.linear(x, dense(weight).weight, bias)
 
 
 def embedding(ids: Tensor, table: Tensor, first_row: int) -> Tensor:

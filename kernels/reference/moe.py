@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.prepared import Prepared
+from kernels.prepared import Prepared, dense
 
 
 def silu_and_mul(x: Tensor) -> Tensor:
@@ -27,9 +27,10 @@ def route(x: Tensor, gate: Tensor, bias: Tensor | None, *, top_k: int, norm_min:
 
 def fused_moe(x: Tensor, gate_up: Prepared, down: Prepared, weights: Tensor, ids: Tensor) -> Tensor:
     """Every expert on all tokens, weighted with zero where the token did not choose it."""
-    share = x.new_zeros(x.shape[0], gate_up.weight.shape[0]).scatter_(1, ids, weights.to(x.dtype))  # [T, E]
+    first, second = dense(gate_up).weight, dense(down).weight
+    share = x.new_zeros(x.shape[0], len(first)).scatter_(1, ids, weights.to(x.dtype))  # [T, E]
     out = torch.zeros_like(x)
-    for expert in range(gate_up.weight.shape[0]):
-        hidden = silu_and_mul(F.linear(x, gate_up.weight[expert]))  # [T, I]
-        out += F.linear(hidden, down.weight[expert]) * share[:, expert, None]
+    for expert in range(len(first)):
+        hidden = silu_and_mul(F.linear(x, first[expert]))  # [T, I]
+        out += F.linear(hidden, second[expert]) * share[:, expert, None]
     return out
