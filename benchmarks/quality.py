@@ -135,7 +135,10 @@ def measure(case: Case, text: Text) -> list[Result]:
         target = Path(folder) / "quantized"
         plan = QuantizationConfig.of(dense=Bf16(), experts=case.format)
         observe = ObserveOptions(
-            per_expert_inputs=case.per_expert, weight_by_routing=case.weighted, match_original=case.matched
+            per_expert_inputs=case.per_expert,
+            weight_by_routing=case.weighted,
+            match_original=case.matched,
+            absorb_drift=case.absorbing,
         )
         calibration = Calibration(text.calibration, observe) if case.calibrated else None
         started = time.monotonic()

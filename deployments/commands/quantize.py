@@ -18,7 +18,7 @@ from engine.compress.ccq import Effort
 from engine.compress.encode import EncodeOptions
 from engine.compress.journal import UnfinishedRunError, work_folder
 from engine.compress.observe import ObserveOptions
-from engine.compress.pipeline import Calibration, Report, quantize_folder
+from engine.compress.pipeline import Calibration, Report, check_folders, quantize_folder
 from engine.compress.plan import Dense, Method, Recipe, read_plan
 from engine.config import ModelConfig
 from engine.errors import ConfigError, DibitError
@@ -80,7 +80,7 @@ def run_quantize(options: QuantizeOptions, documents: Iterable[str] | None = Non
     device = _device(options.device)
     if options.num_threads is not None:
         torch.set_num_threads(options.num_threads)
-    config = ModelConfig.from_folder(options.model)
+    config = check_folders(options.model, options.out, overwrite=options.overwrite)
     plan = _plan(options, config)
     calibration = _calibration(options, config, documents, console)
     try:
@@ -111,7 +111,8 @@ def summary(report: Report, *, calibrated: bool) -> Table:
     for group in report.groups.values():
         row = [group.group, group.format, f"{group.num_weights:,}", f"{group.bits_per_weight:.3f}"]
         row.append(f"{group.relative_error:.2e}")
-        table.add_row(*row, *([f"{group.relative_output_error:.2e}"] if calibrated else []))
+        measured = f"{group.relative_output_error:.2e}" if group.output_energy else "-"
+        table.add_row(*row, *([measured] if calibrated else []))
     return table
 
 

@@ -59,11 +59,13 @@ class ObserveOptions:
         weight_by_routing: an expert's tokens count by the square of their routing weight, as their errors do in the
             layer's output.
         match_original: aim at the outputs of the original model, not at the own weights (:mod:`engine.compress.gram`).
+        absorb_drift: with that, let what writes to the residual stream make up for what the stream lacks.
     """
 
     per_expert_inputs: bool = True
     weight_by_routing: bool = True
     match_original: bool = True
+    absorb_drift: bool = True
 
 
 class Observer:
@@ -101,7 +103,7 @@ class Observer:
             return f"mlp.experts.{matrix.expert}"
         return matrix.inputs
 
-    def add(self, x: Tensor, original: Tensor | None, cache: tuple[Tensor, Tensor], inputs: AttentionInputs) -> None:
+    def add(self, x: Tensor, original: Tensor | None, cache: ops.LayerCache, inputs: AttentionInputs) -> None:
         """Add tokens, given the residual stream [T, H] before the layer in both models."""
         ours = self._current
         theirs = self._original
@@ -112,18 +114,27 @@ class Observer:
         if self._stage == "output":
             before = ours.output_input(x, cache, inputs)
             after = None if theirs is None or original is None else theirs.output_input(original, cache, inputs)
-            self._grams["self_attn.o_proj"].add(before, after)
+            self._grams["self_attn.o_proj"].add(before, after, lacking=self._lacking(x, original))
             return
-        n = ours.feed_forward_input(x, cache, inputs)
-        m = None if theirs is None or original is None else theirs.feed_forward_input(original, cache, inputs)
+        x = ours.attend(x, cache, inputs)
+        n, m = ours.layer.post_attention_norm(x), None
+        if theirs is not None and original is not None:
+            original = theirs.attend(original, cache, inputs)
+            m = theirs.layer.post_attention_norm(original)
+        lacking = self._lacking(x, original)
         if isinstance(ours.layer.mlp, SparseMoE):
-            self._add_experts(ours.layer.mlp, n, m)
+            self._add_experts(ours.layer.mlp, n, m, lacking)
         elif self._stage == "first":
             self._grams["mlp"].add(n, m)
         else:
-            self._grams["mlp.down_proj"].add(*_inner(ours.dense(), None if theirs is None else theirs.dense(), n, m))
+            inner = _inner(ours.dense(), None if theirs is None else theirs.dense(), n, m)
+            self._grams["mlp.down_proj"].add(*inner, lacking=lacking)
 
-    def _add_experts(self, moe: SparseMoE, n: Tensor, m: Tensor | None) -> None:
+    def _lacking(self, x: Tensor, original: Tensor | None) -> Tensor | None:
+        """What the residual stream [T, H] lacks, if the next matrix shall make up for it."""
+        return None if original is None or not self._options.absorb_drift else original - x
+
+    def _add_experts(self, moe: SparseMoE, n: Tensor, m: Tensor | None, lacking: Tensor | None) -> None:
         theirs = self._original
         if moe.shared is not None and self._stage == "second":
             shared = None if theirs is None else theirs.shared()
@@ -143,7 +154,9 @@ class Observer:
                 self._grams[f"mlp.experts.{number}"].add(mine, same, counted)
             else:
                 inner = _inner(expert, None if theirs is None else theirs.experts[number], mine, same)
-                self._grams[f"mlp.experts.{number}.down_proj"].add(*inner, counted)
+                # A token's routing weights add up to 1, so if all its experts add d, the layer adds d.
+                missing = None if lacking is None else lacking[rows]
+                self._grams[f"mlp.experts.{number}.down_proj"].add(*inner, counted, missing)
 
 
 class _Side:
@@ -159,15 +172,15 @@ class _Side:
     def attention_input(self, x: Tensor) -> Tensor:
         return self.layer.input_norm(x)
 
-    def output_input(self, x: Tensor, cache: tuple[Tensor, Tensor], inputs: AttentionInputs) -> Tensor:
+    def output_input(self, x: Tensor, cache: ops.LayerCache, inputs: AttentionInputs) -> Tensor:
         attention: Attention = copy.copy(self.layer.attention)
         seen: list[Tensor] = []
         attention.output = _Seen(attention.output, seen)
         attention(self.layer.input_norm(x), cache, inputs)
         return seen[0]
 
-    def feed_forward_input(self, x: Tensor, cache: tuple[Tensor, Tensor], inputs: AttentionInputs) -> Tensor:
-        return self.layer.post_attention_norm(x + self.layer.attention(self.layer.input_norm(x), cache, inputs))
+    def attend(self, x: Tensor, cache: ops.LayerCache, inputs: AttentionInputs) -> Tensor:
+        return x + self.layer.attention(self.layer.input_norm(x), cache, inputs)
 
     def dense(self) -> GatedMLP:
         if isinstance(self.layer.mlp, SparseMoE):

@@ -81,11 +81,7 @@ def quantize_folder(
         CheckpointError: ``source`` is not sound, ``target`` exists, or the disk is full.
         ConfigError: options that contradict the model, or the unfinished run that is there.
     """
-    config = ModelConfig.from_folder(source)
-    if config.quantization:
-        raise UnsupportedError(f"{source} is quantized already; expected a folder of bf16 weights")
-    if target.exists() and not overwrite:
-        raise CheckpointError(f"{target} exists; choose another folder, or allow overwriting it (--overwrite)")
+    config = check_folders(source, target, overwrite=overwrite)
     check_plan(config, plan)
     if calibration is not None:
         calibration.check(config)
@@ -116,6 +112,20 @@ def quantize_folder(
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         hint = "; make room, then go on with --resume" if full else ""
         raise CheckpointError(f"quantizing {source} to {target} stopped: {error}{hint}") from error
+
+
+def check_folders(source: Path, target: Path, *, overwrite: bool) -> ModelConfig:
+    """Check that ``source`` can be quantized and ``target`` written; returns the config of the model.
+
+    Raises:
+        UnsupportedError, CheckpointError, ConfigError: as :func:`quantize_folder`.
+    """
+    config = ModelConfig.from_folder(source)
+    if config.quantization:
+        raise UnsupportedError(f"{source} is quantized already; expected a folder of bf16 weights")
+    if target.exists() and not overwrite:
+        raise CheckpointError(f"{target} exists; choose another folder, or allow overwriting it (--overwrite)")
+    return config
 
 
 class _Run:
