@@ -44,7 +44,13 @@ def main() -> int:
         default="plain",
         help="order of rows in a WINT2 group: plain (FastDeploy 2.0) or permuted (2.1 and later; default: %(default)s)",
     )
-    parser.add_argument("--num-samples", type=int, default=128, help="calibration sequences (default: %(default)s)")
+    parser.add_argument(
+        "--effort",
+        choices=("fast", "default", "best"),
+        default="best",
+        help="how hard to search (default: %(default)s)",
+    )
+    parser.add_argument("--num-samples", type=int, default=256, help="calibration sequences (default: %(default)s)")
     parser.add_argument("--sequence-length", type=int, default=512, help="tokens in each (default: %(default)s)")
     parser.add_argument("--resume", action="store_true", help="go on with an unfinished run")
     parser.add_argument("--overwrite", action="store_true", help="replace the target folder if it is there")
@@ -54,6 +60,7 @@ def main() -> int:
         out=arguments.target,
         wint4_layers=arguments.wint4_layers,
         row_order=arguments.row_order,
+        effort=arguments.effort,
         num_samples=arguments.num_samples,
         sequence_length=arguments.sequence_length,
         device="cpu",

@@ -212,6 +212,42 @@ def test_the_target_is_the_best_linear_map_from_what_comes_to_what_should_go(ran
     assert off(gram.target(weight)) < 0.9 * off(weight)
 
 
+def test_the_target_makes_up_for_what_the_stream_lacks():
+    generator = torch.Generator().manual_seed(0)
+    original = torch.randn(400, 16, generator=generator)
+    drifted = original + 0.3 * torch.randn(400, 16, generator=generator)
+    lacking = drifted @ torch.randn(16, 24, generator=generator) + 0.1 * torch.randn(400, 24, generator=generator)
+    weight = torch.randn(24, 16, generator=generator)
+    weights = torch.rand(400, generator=generator)
+    gram, without = Gram(), Gram()
+    gram.add(drifted, original, weights, lacking)
+    without.add(drifted, original, weights)
+    scale = weights.double().sqrt()[:, None]
+    x, wanted = drifted.double() * scale, (original @ weight.T + lacking).double() * scale
+    h = x.T @ x
+    damping = DAMPING * h.diagonal().mean() * torch.eye(16, dtype=torch.float64)
+    expected = (wanted.T @ x + weight.double() @ damping) @ torch.linalg.inv(h + damping)
+    torch.testing.assert_close(gram.target(weight).double(), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(gram.matrix, without.matrix)
+
+    def off(q: Tensor) -> float:
+        return float((wanted - x @ q.T.double()).square().sum())
+
+    assert off(gram.target(weight)) < 0.2 * off(without.target(weight))
+
+
+@pytest.mark.parametrize("absorb", [False, True])
+def test_experts_together_add_what_the_stream_lacks(random_checkpoint, absorb):
+    """Routing weights of a token add up to 1, so its experts get d each; and those that read the stream get none."""
+    folder, _ = random_checkpoint("moe-no-shared")
+    walk = Walk(folder)
+    states = walk.weights.embedding()[prompts(walk.config)]
+    sums = walk.observe(0, states, ObserveOptions(absorb_drift=absorb), original=states + 1)
+    for matrix in layer_matrices(walk.config, 0):
+        writes = matrix.name.endswith(("o_proj", "down_proj"))
+        assert (sums[matrix].lacking is not None) == (absorb and writes and sums[matrix].tokens > 0)
+
+
 def test_without_the_original_inputs_the_target_is_the_weight():
     gram = Gram()
     gram.add(torch.randn(5, 8))
