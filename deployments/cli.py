@@ -319,6 +319,16 @@ def inspect_model(
     )
 
 
+@app.command("env")
+def show_environment(
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Say what this machine has: versions, devices, and which kernels would run, and why."""
+    from deployments.commands.env import run_env
+
+    run_env(as_json=as_json)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: what a user got wrong is one line on standard error and exit code 1, never a traceback.
 

@@ -185,11 +185,11 @@ def _losses(
     try:
         builder = model_builder(config, weights, TensorParallelGroup(0, 1), dtype=dtype, device=device)
         with torch.inference_mode():
-            cache = torch.zeros(shape, dtype=dtype, device=device)
+            cache = ops.LayerCache(*torch.zeros(shape, dtype=dtype, device=device))
             x = F.embedding(ids, weights.embedding())  # [T, H]
             residual: Tensor | None = None
             for i in range(config.num_hidden_layers):
-                x, residual = builder.layer(i)(x, residual, (cache[0], cache[1]), inputs)
+                x, residual = builder.layer(i)(x, residual, cache, inputs)
             hidden = builder.norm("norm")(x if residual is None else x + residual)
             logits = builder.linear(weights.head())(hidden)[:-1, : config.vocab_size]
             return F.cross_entropy(logits.double(), ids[1:], reduction="none")

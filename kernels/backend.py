@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.cache import LayerCache
 from kernels.metadata import AttentionMetadata
 from kernels.operands import Weight
 from kernels.prepared import Prepared
@@ -39,7 +40,11 @@ class Kernels(Protocol):
 
     def rotary(self, x: Tensor, table: Tensor, *, interleaved: bool) -> Tensor: ...
 
-    def store_kv(self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None: ...
+    def store_kv(self, k: Tensor, v: Tensor, cache: LayerCache, slot_mapping: Tensor) -> None: ...
+
+    def rotary_store_kv(
+        self, qkv: Tensor, table: Tensor, cache: LayerCache, slot_mapping: Tensor, *, num_heads: int, interleaved: bool
+    ) -> Tensor: ...
 
     def attention_metadata(
         self,
@@ -52,6 +57,8 @@ class Kernels(Protocol):
         device: torch.device,
     ) -> AttentionMetadata: ...
 
-    def paged_attention(
-        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, metadata: AttentionMetadata, *, scale: float
-    ) -> Tensor: ...
+    def decode_metadata(
+        self, block_tables: Tensor, query_start: Tensor, context_lens: Tensor, *, block_size: int, dtype: torch.dtype
+    ) -> AttentionMetadata: ...
+
+    def paged_attention(self, q: Tensor, cache: LayerCache, metadata: AttentionMetadata, *, scale: float) -> Tensor: ...

@@ -10,17 +10,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels import cpu, reference
+from kernels import choice
 from kernels.backend import Kernels
+from kernels.cache import LayerCache
 from kernels.metadata import AttentionMetadata
 from kernels.operands import Weight
 from kernels.prepared import Prepared
 
 __all__ = [
     "AttentionMetadata",
+    "LayerCache",
     "Prepared",
     "add_rms_norm",
     "attention_metadata",
+    "decode_metadata",
     "embedding",
     "fused_moe",
     "linear",
@@ -28,6 +31,7 @@ __all__ = [
     "prepare",
     "rms_norm",
     "rotary",
+    "rotary_store_kv",
     "rotary_table",
     "route",
     "silu_and_mul",
@@ -36,14 +40,14 @@ __all__ = [
 
 
 def _kernels(device: torch.device) -> Kernels:
-    return cpu if device.type == "cpu" else reference
+    return choice.kernels(device)
 
 
 def prepare(weight: Weight, *, dtype: torch.dtype, device: torch.device) -> Prepared:
     """Bring a weight into the layout that `device` computes with; called once, at load.
 
-    A CPU runs small models, where decoding a matrix in every step would cost more than it saves: weights of every
-    format are decoded once, to dense in `dtype`.
+    Packed weights stay packed where the device multiplies them as they are; those it can't, and on a CPU those that
+    are small enough to be faster dense, are decoded once, to `dtype` (`kernels.choice` says which).
 
     Args:
         weight: one matrix (K, N) or stacked experts (E, K, N); see `kernels.operands`.
@@ -159,17 +163,37 @@ def rotary(x: Tensor, table: Tensor, *, interleaved: bool) -> Tensor:
     return _kernels(x.device).rotary(x, table, interleaved=interleaved)
 
 
-def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
-    """Write this step's keys and values into the cache, in place.
+def store_kv(k: Tensor, v: Tensor, cache: LayerCache, slot_mapping: Tensor) -> None:
+    """Write this step's keys and values into the cache, in place; an int8 cache gets them quantized.
 
     Args:
         k: [T, Hkv, D].
         v: [T, Hkv, D].
-        k_cache: [blocks, block_size, Hkv, D].
-        v_cache: likewise.
+        cache: of this layer.
         slot_mapping: int64 [T], ``block * block_size + offset``, no slot twice.
     """
-    _kernels(k.device).store_kv(k, v, k_cache, v_cache, slot_mapping)
+    _kernels(k.device).store_kv(k, v, cache, slot_mapping)
+
+
+def rotary_store_kv(
+    qkv: Tensor, table: Tensor, cache: LayerCache, slot_mapping: Tensor, *, num_heads: int, interleaved: bool
+) -> Tensor:
+    """`rotary` of queries and keys and `store_kv` in one: what stands between the projection and attention.
+
+    Args:
+        qkv: [T, heads + 2 Hkv, D]: queries, keys, values.
+        table: from `rotary_table`.
+        cache: of this layer, written in place.
+        slot_mapping: int64 [T], as for `store_kv`.
+        num_heads: query heads.
+        interleaved: as for `rotary`.
+
+    Returns:
+        The queries, [T, heads, D].
+    """
+    return _kernels(qkv.device).rotary_store_kv(
+        qkv, table, cache, slot_mapping, num_heads=num_heads, interleaved=interleaved
+    )
 
 
 def attention_metadata(
@@ -199,19 +223,36 @@ def attention_metadata(
     )
 
 
-def paged_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, metadata: AttentionMetadata, *, scale: float
-) -> Tensor:
+def decode_metadata(
+    block_tables: Tensor, query_start: Tensor, context_lens: Tensor, *, block_size: int, dtype: torch.dtype
+) -> AttentionMetadata:
+    """Describe a batch of one token a request, from tensors that are on the device already.
+
+    On a GPU what is launched then depends on the shapes alone, never on values, so that `paged_attention` can be
+    captured in a CUDA graph and replayed when the tensors hold something else. Contexts may be as long as the tables.
+
+    Args:
+        block_tables: int32 [R, max_blocks].
+        query_start: int32 [R + 1], 0 ... R.
+        context_lens: int32 [R].
+        block_size: positions in a block.
+        dtype: compute dtype.
+    """
+    return _kernels(block_tables.device).decode_metadata(
+        block_tables, query_start, context_lens, block_size=block_size, dtype=dtype
+    )
+
+
+def paged_attention(q: Tensor, cache: LayerCache, metadata: AttentionMetadata, *, scale: float) -> Tensor:
     """Causal attention of this step's queries over the paged cache; kv head j serves query heads jG ... jG + G - 1.
 
     Args:
         q: [T, Hq, D].
-        k_cache: [blocks, block_size, Hkv, D], this step's keys already stored.
-        v_cache: likewise.
+        cache: of this layer, this step's keys and values already stored.
         metadata: from `attention_metadata`, for the same device.
         scale: factor of the scores, usually ``D ** -0.5``.
 
     Returns:
         [T, Hq, D].
     """
-    return _kernels(q.device).paged_attention(q, k_cache, v_cache, metadata, scale=scale)
+    return _kernels(q.device).paged_attention(q, cache, metadata, scale=scale)

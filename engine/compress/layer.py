@@ -174,7 +174,7 @@ class SequenceRunner:
         self._dtype = dtype
         self._device = device
         self._rotary = RotaryEmbedding(config.head_dim, config.rope_theta, device)
-        self._prepared: tuple[tuple[Tensor, Tensor], AttentionInputs] | None = None
+        self._prepared: tuple[ops.LayerCache, AttentionInputs] | None = None
         self._sequences = 0
 
     def build(self, weights: LayerWeights, layer: int) -> DecoderLayer:
@@ -189,12 +189,12 @@ class SequenceRunner:
             x, residual = layer(states.to(self._device).flatten(0, 1), None, cache, inputs)
             return (x + residual).view(states.shape)
 
-    def inputs(self, sequences: int) -> tuple[tuple[Tensor, Tensor], AttentionInputs]:
+    def inputs(self, sequences: int) -> tuple[ops.LayerCache, AttentionInputs]:
         """A layer's cache, and what its attention needs to know, for so many sequences; used again and again."""
         if self._prepared is None or self._sequences != sequences:
             config, length = self._config, self._length
             shape = (sequences, length, config.num_key_value_heads, config.head_dim)
-            cache = (
+            cache = ops.LayerCache(
                 torch.zeros(shape, dtype=self._dtype, device=self._device),
                 torch.zeros(shape, dtype=self._dtype, device=self._device),
             )

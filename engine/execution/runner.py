@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from engine.execution.batch import StepInput
+from engine.execution.graphs import Capture, DecodeGraphs
 from engine.execution.kv_cache import KVCache
+from engine.execution.padding import DecodeBatch, DecodeBuffers
 from engine.models import DecoderModel
 from kernels import ops
 
 
 class ModelRunner:
     """Runs flat batches of one rank's model over one rank's cache.
+
+    Nothing here waits for the device: arrays go to a GPU from pinned memory, and the logits stay there.
 
     Args:
         model: the rank's share of the model.
@@ -26,10 +32,38 @@ class ModelRunner:
         self.cache = cache
         self.dtype = dtype
         self.device = device
+        self.graphs: DecodeGraphs | None = None
+
+    @torch.inference_mode()
+    def capture(
+        self, how: Capture, sizes: tuple[int, ...], *, max_blocks: int, only: tuple[int, ...] | None = None
+    ) -> None:
+        """Let decode steps of up to ``sizes[-1]`` requests run as graphs; the cache's last block is theirs from now on.
+
+        Args:
+            how: `engine.execution.graphs.CudaCapture`.
+            sizes: batch sizes, ascending.
+            max_blocks: blocks of the longest sequence.
+            only: those of `sizes` to capture; by default all.
+
+        Raises:
+            ConfigError: a step can't be captured.
+            torch.OutOfMemoryError: there is no memory for it.
+        """
+        block, block_size = self.cache.num_blocks - 1, self.cache.block_size
+        buffers = DecodeBuffers(sizes[-1], max_blocks, block=block, block_size=block_size, device=self.device)
+        graphs = DecodeGraphs(
+            self._decode, buffers, sizes=sizes, max_blocks=max_blocks, block=block, block_size=block_size
+        )
+        graphs.capture(how, only)
+        self.graphs = graphs
 
     @torch.inference_mode()
     def run(self, step: StepInput) -> Tensor | None:
-        """Fp32 logits [S, vocab_size] on rank 0, None elsewhere."""
+        """Fp32 logits [S, vocab_size] on rank 0, None elsewhere; those of a decode step are valid until the next."""
+        size = None if self.graphs is None else self.graphs.size_for(step)
+        if self.graphs is not None and size is not None:
+            return self.graphs.run(step, size)
         metadata = ops.attention_metadata(
             step.block_tables,
             step.query_start,
@@ -39,10 +73,32 @@ class ModelRunner:
             device=self.device,
         )
         return self.model(
-            torch.from_numpy(step.token_ids).to(self.device),
-            torch.from_numpy(step.positions).to(self.device),
+            self._to_device(step.token_ids),
+            self._to_device(step.positions),
             self.cache.layers,
-            slot_mapping=torch.from_numpy(step.slot_mapping).to(self.device),
+            slot_mapping=self._to_device(step.slot_mapping),
             metadata=metadata,
-            logits_rows=torch.from_numpy(step.logits_rows).to(self.device),
+            logits_rows=self._to_device(step.logits_rows),
         )
+
+    def _decode(self, batch: DecodeBatch) -> Tensor | None:
+        """One token a request, and logits of each; no value on the device decides what is done."""
+        metadata = ops.decode_metadata(
+            batch.block_tables,
+            batch.query_start,
+            batch.context_lens,
+            block_size=self.cache.block_size,
+            dtype=self.dtype,
+        )
+        return self.model(
+            batch.token_ids,
+            batch.positions,
+            self.cache.layers,
+            slot_mapping=batch.slot_mapping,
+            metadata=metadata,
+            logits_rows=batch.query_start[:-1],
+        )
+
+    def _to_device(self, array: npt.NDArray[np.generic]) -> Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor if self.device.type == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)

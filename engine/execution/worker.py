@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import logging
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -16,16 +16,21 @@ from engine.checkpoint.partition import check_size
 from engine.config import EngineConfig, ModelConfig
 from engine.errors import ConfigError
 from engine.execution import kv_cache
-from engine.execution.batch import StepInput, dummy_step
+from engine.execution.batch import StepInput
+from engine.execution.graphs import CudaCapture, capture_sizes
+from engine.execution.machine import available_cores, choose_device, choose_dtype, choose_max_model_len
+from engine.execution.memory import CacheNeed, shortage
 from engine.execution.parallel import TensorParallelGroup
+from engine.execution.profile import profile
 from engine.execution.runner import ModelRunner
 from engine.layers.attention import heads_per_rank
 from engine.models import DecoderModel, build_model
 from engine.quantization.config import QuantizationConfig
 from engine.quantization.format import RowOrder
 from engine.quantization.served import as_served
+from kernels import choice
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
 """(what is being loaded, bytes done, bytes in total)."""
@@ -74,6 +79,9 @@ class Worker:
         self._progress = progress
         self._num_threads = config.num_threads or max(1, available_cores() // world_size)
         self._threads_set_in: int | None = None
+        self._graph_sizes: tuple[int, ...] = ()
+        self._num_kv_blocks = 0
+        self._shortage: str | None = None
         self._decoder: DecoderModel | None = None
         self._runner: ModelRunner | None = None
 
@@ -89,7 +97,7 @@ class Worker:
             CheckpointError: the folder is not what its config.json says.
             ConfigError: no memory for the weights, or no telling in which row order they are.
         """
-        self._limit_threads()
+        self._enter_thread()
         folder = Path(self.config.model)
         weights = ShardedWeights(
             folder,
@@ -107,7 +115,8 @@ class Worker:
                 self._decoder = build_model(self.model, weights, self.group, dtype=self.dtype, device=self.device)
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise ConfigError(
-                f"the weights of rank {self.group.rank} do not fit into the memory of {self.device} ({error}); "
+                f"the weights of rank {self.group.rank} do not fit into the memory of {self.device} "
+                f"({self._taken()}{error}); "
                 f"raise tensor_parallel_size (now {self.group.world_size}), or use a model of fewer bits a weight"
             ) from error
         finally:
@@ -124,7 +133,11 @@ class Worker:
             EngineDeadError: another rank did not come.
         """
         self.group.connect(self._rendezvous, self.device, check)
+        self._graph_sizes = self._choose_graph_sizes()
         num_blocks = self.group.minimum(self._num_blocks(), self.device)
+        # Only now: a rank that gave up before would leave the others waiting for it.
+        if self._shortage is not None:
+            raise ConfigError(self._shortage)
         kv_cache.check_fits(
             num_blocks,
             self.max_model_len,
@@ -132,14 +145,16 @@ class Worker:
             bytes_per_block=self._block_bytes(),
             option=self._blocks_option(),
         )
-        self._runner = self._make_runner(num_blocks)
+        self._num_kv_blocks = num_blocks
+        self._runner = self._make_runner(num_blocks + bool(self._graph_sizes))
+        self._capture(self._runner)
 
     def execute(self, step: StepInput) -> Tensor | None:
         """Run a flat batch, at the same time on every rank: fp32 logits [S, vocab_size] on rank 0, None elsewhere."""
         if self._runner is None:
             raise RuntimeError("execute() on a worker that is not initialized, or closed")
         if self._threads_set_in != threading.get_ident():
-            self._limit_threads()
+            self._enter_thread()
         return self._runner.run(step)
 
     def close(self) -> None:
@@ -153,7 +168,7 @@ class Worker:
         """Blocks of the KV cache; known once connected."""
         if self._runner is None:
             raise RuntimeError("num_kv_blocks of a worker that is not initialized, or closed")
-        return self._runner.cache.num_blocks
+        return self._num_kv_blocks
 
     def _row_order(self, folder: Path) -> RowOrder | None:
         if self.config.row_order != "auto":
@@ -167,9 +182,11 @@ class Worker:
             dtype=self.dtype,
         )
 
-    def _limit_threads(self) -> None:
-        # OpenMP keeps the number of threads for each thread that starts parallel work.
+    def _enter_thread(self) -> None:
+        # OpenMP keeps the number of threads, and CUDA the device that kernels start on, for each thread by itself.
         torch.set_num_threads(self._num_threads)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
         self._threads_set_in = threading.get_ident()
 
     def _make_runner(self, num_blocks: int) -> ModelRunner:
@@ -180,21 +197,75 @@ class Worker:
             self._num_kv_heads,
             num_blocks=num_blocks,
             block_size=self.config.block_size,
-            dtype=self.dtype,
+            dtype=kv_cache.cache_dtype(self.config, self.dtype),
             device=self.device,
         )
         return ModelRunner(self._decoder, cache, dtype=self.dtype, device=self.device)
 
-    def _block_bytes(self) -> int:
-        return kv_cache.block_bytes(self.model, self._num_kv_heads, block_size=self.config.block_size, dtype=self.dtype)
+    def _block_bytes(self, dtype: torch.dtype | None = None) -> int:
+        """With keys and values in the configured dtype, or in another."""
+        dtype = dtype or kv_cache.cache_dtype(self.config, self.dtype)
+        return kv_cache.block_bytes(self.model, self._num_kv_heads, block_size=self.config.block_size, dtype=dtype)
 
     def _num_blocks(self) -> int:
         if self.config.num_kv_blocks is not None:
             return self.config.num_kv_blocks
         if self.device.type == "cpu":
             return kv_cache.blocks_on_cpu(self.config, self.max_model_len, self._block_bytes())
-        total, used, activations = self._profile()
-        return kv_cache.blocks_on_gpu(self.config, self._block_bytes(), total=total, used=used, activations=activations)
+        return self._blocks_on_gpu(self._block_bytes())
+
+    def _blocks_on_gpu(self, block_bytes: int) -> int:
+        memory = profile(
+            self._make_runner,
+            self.config,
+            self.device,
+            block_bytes=block_bytes,
+            graph_sizes=self._graph_sizes,
+            max_blocks=self._max_blocks,
+        )
+        need = CacheNeed(self.max_model_len, block_bytes, self._block_bytes(torch.int8))
+        heads = self.model.num_attention_heads
+        self._shortage = shortage(memory, need, self.config, rank=self.group.rank, num_heads=heads)
+        return kv_cache.blocks_on_gpu(
+            self.config,
+            block_bytes,
+            total=memory.total,
+            used=memory.weights + memory.other,
+            activations=memory.activations + memory.graphs,
+        )
+
+    def _choose_graph_sizes(self) -> tuple[int, ...]:
+        if self.config.enforce_eager or self.device.type == "cpu":
+            return ()
+        reason = choice.why_not_captured(self.device)
+        if reason is not None:
+            logger.warning("decoding without CUDA graphs: %s", reason)
+            return ()
+        return capture_sizes(self.config.max_num_seqs)
+
+    def _capture(self, runner: ModelRunner) -> None:
+        if not self._graph_sizes:
+            return
+        try:
+            runner.capture(CudaCapture(self.device), self._graph_sizes, max_blocks=self._max_blocks)
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(
+                f"no memory for the CUDA graphs of {len(self._graph_sizes)} batch sizes on {self.device} "
+                f"({self._taken()}{error}); lower gpu_memory_utilization (now {self.config.gpu_memory_utilization}) or "
+                f"max_num_seqs (now {self.config.max_num_seqs}), or set enforce_eager: true"
+            ) from error
+
+    @property
+    def _max_blocks(self) -> int:
+        """Blocks of the longest sequence."""
+        return -(-self.max_model_len // self.config.block_size)
+
+    def _taken(self) -> str:
+        if self.device.type == "cpu":
+            return ""
+        free, total = torch.cuda.mem_get_info(self.device)
+        taken = torch.cuda.memory_allocated(self.device)
+        return f"{taken / 1e9:,.2f} GB taken by this rank, {free / 1e9:,.2f} of {total / 1e9:,.2f} GB free: "
 
     def _blocks_option(self) -> str:
         if self.config.num_kv_blocks is not None:
@@ -202,66 +273,3 @@ class Worker:
         if self.device.type == "cpu":
             return f"cpu_kv_cache_bytes {self.config.cpu_kv_cache_bytes}, max_num_seqs {self.config.max_num_seqs}"
         return f"gpu_memory_utilization {self.config.gpu_memory_utilization}"
-
-    def _profile(self) -> tuple[int, int, int]:
-        """(bytes of the GPU, bytes in use before a step, peak bytes of the largest step on top)."""
-        free, total = torch.cuda.mem_get_info(self.device)
-        before = torch.cuda.memory_allocated(self.device)
-        torch.cuda.reset_peak_memory_stats(self.device)
-        step = dummy_step(self.config.max_num_batched_tokens, self.config.max_num_seqs, self.config.block_size)
-        runner = self._make_runner(step.block_tables.size)
-        try:
-            runner.run(step)
-        except torch.OutOfMemoryError as error:
-            raise ConfigError(
-                f"a step of max_num_batched_tokens {self.config.max_num_batched_tokens} does not fit beside the "
-                f"weights in {self.device} ({error}); lower it, or raise tensor_parallel_size"
-            ) from error
-        torch.cuda.synchronize(self.device)
-        peak = torch.cuda.max_memory_allocated(self.device) - before
-        activations = peak - runner.cache.num_blocks * self._block_bytes()
-        del runner
-        torch.cuda.empty_cache()
-        return total, total - free, activations
-
-
-def available_cores() -> int:
-    """Cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def choose_device(config: EngineConfig, rank: int) -> torch.device:
-    """The device of a rank: GPU ``rank`` modulo the visible ones (a Ray actor sees one), or the CPU.
-
-    Raises:
-        ConfigError: a GPU is asked for, and none is visible.
-    """
-    available = torch.cuda.is_available()
-    if config.device == "cuda" and not available:
-        raise ConfigError("device is 'cuda', but torch sees no GPU; use device='cpu' or 'auto'")
-    if config.device == "cpu" or not available:
-        return torch.device("cpu")
-    return torch.device("cuda", rank % torch.cuda.device_count())
-
-
-def choose_dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
-    """The compute dtype: what the config says, else fp32 on a CPU and bf16 on a GPU."""
-    if config.dtype == "auto":
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
-    return DTYPES[config.dtype]
-
-
-def choose_max_model_len(config: EngineConfig, model: ModelConfig) -> int:
-    """Tokens of the longest sequence: what the config says, else what the model was made for.
-
-    Raises:
-        ConfigError: more than the model was made for.
-    """
-    if config.max_model_len is None:
-        return model.max_position_embeddings
-    if config.max_model_len > model.max_position_embeddings:
-        raise ConfigError(
-            f"max_model_len {config.max_model_len} exceeds the model's max_position_embeddings "
-            f"{model.max_position_embeddings}"
-        )
-    return config.max_model_len

@@ -56,14 +56,18 @@ class Attention:
         self.rope_interleaved = rope_interleaved
         self.scale = head_dim**-0.5
 
-    def __call__(self, x: Tensor, kv_cache: tuple[Tensor, Tensor], inputs: AttentionInputs) -> Tensor:
+    def __call__(self, x: Tensor, kv_cache: ops.LayerCache, inputs: AttentionInputs) -> Tensor:
         """[T, H] -> [T, H], a partial sum; `kv_cache` is this layer's keys and values, written and read."""
-        turned = self.num_heads + self.num_kv_heads
         qkv = self.qkv(x).view(x.shape[0], -1, self.head_dim)  # [T, heads + 2 kv_heads, D]
-        qk = ops.rotary(qkv[:, :turned], inputs.rotary_table, interleaved=self.rope_interleaved)
-        k_cache, v_cache = kv_cache
-        ops.store_kv(qk[:, self.num_heads :], qkv[:, turned:], k_cache, v_cache, inputs.slot_mapping)
-        out = ops.paged_attention(qk[:, : self.num_heads], k_cache, v_cache, inputs.metadata, scale=self.scale)
+        q = ops.rotary_store_kv(
+            qkv,
+            inputs.rotary_table,
+            kv_cache,
+            inputs.slot_mapping,
+            num_heads=self.num_heads,
+            interleaved=self.rope_interleaved,
+        )
+        out = ops.paged_attention(q, kv_cache, inputs.metadata, scale=self.scale)
         return self.output(out.flatten(1))
 
 

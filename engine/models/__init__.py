@@ -28,7 +28,7 @@ class DecoderModel(Protocol):
         self,
         token_ids: Tensor,
         positions: Tensor,
-        kv_caches: Sequence[tuple[Tensor, Tensor]],
+        kv_caches: Sequence[ops.LayerCache],
         *,
         slot_mapping: Tensor,
         metadata: ops.AttentionMetadata,
@@ -39,7 +39,7 @@ class DecoderModel(Protocol):
         Args:
             token_ids: int [T].
             positions: int [T], each token's index in its sequence.
-            kv_caches: (keys, values) of each layer, [blocks, block_size, kv heads of this rank, D].
+            kv_caches: of each layer, with the kv heads of this rank.
             slot_mapping: int64 [T], where the tokens' keys and values go.
             metadata: from `ops.attention_metadata`.
             logits_rows: int [S], the rows whose logits are wanted.

@@ -35,7 +35,7 @@ class DecoderLayer:
         self.group = group
 
     def __call__(
-        self, x: Tensor, residual: Tensor | None, kv_cache: tuple[Tensor, Tensor], inputs: AttentionInputs
+        self, x: Tensor, residual: Tensor | None, kv_cache: ops.LayerCache, inputs: AttentionInputs
     ) -> tuple[Tensor, Tensor]:
         """(output of the layer before, residual stream without it) -> the same for this layer; [T, H] each.
 
@@ -69,7 +69,7 @@ class Decoder:
         self,
         token_ids: Tensor,
         positions: Tensor,
-        kv_caches: Sequence[tuple[Tensor, Tensor]],
+        kv_caches: Sequence[ops.LayerCache],
         *,
         slot_mapping: Tensor,
         metadata: ops.AttentionMetadata,

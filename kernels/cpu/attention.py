@@ -15,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.cache import LayerCache
 from kernels.metadata import AttentionMetadata
+from kernels.reference.cache import read_blocks
 
 QUERY_TILE = 256
 """Queries at a time where a prefill chunk continues a context: bounds the mask to QUERY_TILE x context."""
@@ -97,6 +99,14 @@ def attention_metadata(
     )
 
 
+def decode_metadata(
+    block_tables: Tensor, query_start: Tensor, context_lens: Tensor, *, block_size: int, dtype: torch.dtype
+) -> CpuAttentionMetadata:
+    """Divide the batch by the values that the tensors hold now; see `ops.decode_metadata`."""
+    arrays = (tensor.numpy() for tensor in (block_tables, query_start, context_lens))
+    return attention_metadata(*arrays, block_size=block_size, dtype=dtype, device=block_tables.device)
+
+
 def _decode_group(
     members: np.ndarray,
     block_tables: np.ndarray,
@@ -123,15 +133,7 @@ def _tail_mask(context: int, dtype: torch.dtype) -> Tensor:
     return torch.full((tile, context), float("-inf"), dtype=dtype).triu_(context - tile + 1)
 
 
-def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
-    """Row t goes to slot ``slot_mapping[t]`` of the flattened blocks."""
-    k_cache.flatten(0, 1).index_copy_(0, slot_mapping, k)
-    v_cache.flatten(0, 1).index_copy_(0, slot_mapping, v)
-
-
-def paged_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, metadata: AttentionMetadata, *, scale: float
-) -> Tensor:
+def paged_attention(q: Tensor, cache: LayerCache, metadata: AttentionMetadata, *, scale: float) -> Tensor:
     """See `ops.paged_attention`.
 
     Raises:
@@ -140,40 +142,41 @@ def paged_attention(
     if not isinstance(metadata, CpuAttentionMetadata):
         raise TypeError(f"{type(metadata).__name__} was made for another device; use ops.attention_metadata")
     if len(metadata.decodes) == 1 and metadata.decodes[0].rows is None:
-        return _decode(q, k_cache, v_cache, metadata.decodes[0], scale)
+        return _decode(q, cache, metadata.decodes[0], scale)
     out = torch.empty(q.shape, dtype=q.dtype)
     for group in metadata.decodes:
         if group.rows is not None:
             queries = q.index_select(0, group.rows)
-            out.index_copy_(0, group.rows, _decode(queries, k_cache, v_cache, group, scale))
+            out.index_copy_(0, group.rows, _decode(queries, cache, group, scale))
     for prefill in metadata.prefills:
         queries = q[prefill.start : prefill.end]
-        out[prefill.start : prefill.end] = _prefill(queries, k_cache, v_cache, prefill, metadata.tail_mask, scale)
+        out[prefill.start : prefill.end] = _prefill(queries, cache, prefill, metadata.tail_mask, scale)
     return out
 
 
-def _decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, group: DecodeGroup, scale: float) -> Tensor:
+def _decode(q: Tensor, cache: LayerCache, group: DecodeGroup, scale: float) -> Tensor:
     requests, heads, head_dim = q.shape
-    kv_heads = k_cache.shape[2]
+    kv_heads = cache.num_kv_heads
     shape = (requests, -1, kv_heads, head_dim)
-    k = k_cache.index_select(0, group.blocks).view(shape)[:, : group.context].transpose(1, 2)  # [R, Hkv, L, D]
-    v = v_cache.index_select(0, group.blocks).view(shape)[:, : group.context].transpose(1, 2)
+    k, v = (
+        read_blocks(pages, scales, group.blocks, q.dtype)
+        .view(shape)[:, : group.context].transpose(1, 2)  # [R, Hkv, L, D]
+        for pages, scales in ((cache.keys, cache.key_scales), (cache.values, cache.value_scales))
+    )  # fmt: skip
     # The query heads of a kv head stand as its queries: no key is copied for them.
     queries = q.reshape(requests, kv_heads, heads // kv_heads, head_dim)  # [R, Hkv, G, D]
     out = F.scaled_dot_product_attention(queries, k, v, attn_mask=group.mask, scale=scale)
     return out.reshape(requests, heads, head_dim)
 
 
-def _prefill(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, prefill: Prefill, tail_mask: Tensor | None, scale: float
-) -> Tensor:
+def _prefill(q: Tensor, cache: LayerCache, prefill: Prefill, tail_mask: Tensor | None, scale: float) -> Tensor:
     count, heads, head_dim = q.shape
-    kv_heads = k_cache.shape[2]
+    kv_heads = cache.num_kv_heads
     group = heads // kv_heads
     k, v = (
-        cache.index_select(0, prefill.blocks).view(-1, kv_heads, head_dim)  # [blocks * block_size, Hkv, D]
+        read_blocks(pages, scales, prefill.blocks, q.dtype)  # [blocks * block_size, Hkv, D]
         .transpose(0, 1).unsqueeze(1).expand(kv_heads, group, -1, head_dim)  # one copy for the heads of a group
-        for cache in (k_cache, v_cache)
+        for pages, scales in ((cache.keys, cache.key_scales), (cache.values, cache.value_scales))
     )  # fmt: skip
     queries = q.reshape(count, kv_heads, group, head_dim).permute(1, 2, 0, 3)  # [Hkv, G, n, D]
     if tail_mask is None or prefill.context == count:

@@ -1,11 +1,14 @@
-"""Routing and the experts on a CPU: each active expert sees its tokens as one contiguous slice."""
+"""Routing and the experts on a CPU: each active expert sees its tokens as one contiguous slice, dense or packed."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.cpu.packed import PackedPrepared
+from kernels.cpu.product import multiply
 from kernels.prepared import Prepared, dense
 
 
@@ -25,11 +28,14 @@ def route(x: Tensor, gate: Tensor, bias: Tensor | None, *, top_k: int, norm_min:
 
 
 def fused_moe(x: Tensor, gate_up: Prepared, down: Prepared, weights: Tensor, ids: Tensor) -> Tensor:
-    """One token: a matrix-vector product per chosen expert. More: tokens sorted by expert, a product per expert.
+    """Packed experts: all that are chosen at once. Dense ones: for one token, a matrix-vector product per chosen
+    expert; for more, tokens sorted by expert and a product per expert.
 
     The k results of a token are summed in the order of `ids`, whatever else is in the batch.
     """
     weights = weights.to(x.dtype)
+    if isinstance(gate_up, PackedPrepared) or isinstance(down, PackedPrepared):
+        return _packed(x, gate_up, down, weights, ids)
     first, second = dense(gate_up).experts, dense(down).experts
     if x.shape[0] == 1:
         return _one_token(x, first, second, weights, ids)
@@ -53,6 +59,31 @@ def _grouped(rows: Tensor, counts: list[int], experts: tuple[Tensor, ...]) -> Te
             start, end = end, end + count
             torch.mm(rows[start:end], experts[expert].t(), out=out[start:end])
     return out
+
+
+def _packed(x: Tensor, gate_up: Prepared, down: Prepared, weights: Tensor, ids: Tensor) -> Tensor:
+    """Both products over all pairs of a token and an expert it chose, the pairs of an expert together."""
+    tokens, top_k = ids.shape
+    flat = ids.numpy().reshape(-1)  # [T*k]
+    order = flat.argsort(kind="stable")
+    chosen, first, counts = np.unique(flat[order], return_index=True, return_counts=True)
+    segments = np.stack((chosen, first, counts), axis=1)  # [active experts, 3]
+    places = np.arange(len(order))
+    hidden = silu_and_mul(_experts(x, gate_up, segments, np.stack((order // top_k, places), axis=1)))  # [T*k, I]
+    result = _experts(hidden, down, segments, np.stack((places, order), axis=1))  # [T*k, H], by token
+    return torch.bmm(weights.unsqueeze(1), result.view(tokens, top_k, -1)).squeeze(1)
+
+
+def _experts(x: Tensor, weight: Prepared, segments: np.ndarray, entries: np.ndarray) -> Tensor:
+    """`product.multiply`, and the same for a stack that was small enough to be decoded."""
+    if isinstance(weight, PackedPrepared):
+        return multiply(x, weight, segments, entries).to(x.dtype)
+    experts = dense(weight).experts
+    sources, targets = torch.from_numpy(entries).unbind(1)
+    counts = np.zeros(len(experts), dtype=np.int64)
+    counts[segments[:, 0]] = segments[:, 2]
+    out = _grouped(x.index_select(0, sources), counts.tolist(), experts)
+    return torch.empty_like(out).index_copy_(0, targets, out)
 
 
 def _one_token(

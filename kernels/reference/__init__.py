@@ -1,6 +1,7 @@
 """Each operation in plain torch: its meaning, what tests compare with, and what a device without kernels runs."""
 
-from kernels.reference.attention import attention_metadata, paged_attention, store_kv
+from kernels.reference.attention import attention_metadata, decode_metadata, paged_attention
+from kernels.reference.cache import rotary_store_kv, store_kv
 from kernels.reference.dequantize import dequantize
 from kernels.reference.linear import embedding, linear, prepare
 from kernels.reference.moe import fused_moe, route, silu_and_mul
@@ -10,6 +11,7 @@ from kernels.reference.rotary import rotary, rotary_table
 __all__ = [
     "add_rms_norm",
     "attention_metadata",
+    "decode_metadata",
     "dequantize",
     "embedding",
     "fused_moe",
@@ -18,6 +20,7 @@ __all__ = [
     "prepare",
     "rms_norm",
     "rotary",
+    "rotary_store_kv",
     "rotary_table",
     "route",
     "silu_and_mul",

@@ -6,7 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.cache import LayerCache
 from kernels.metadata import AttentionMetadata
+from kernels.reference.cache import read_blocks
 
 
 def attention_metadata(
@@ -23,24 +25,23 @@ def attention_metadata(
     return AttentionMetadata(tables, starts, lengths, block_size)
 
 
-def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
-    """Row t goes to slot ``slot_mapping[t]`` of the flattened blocks."""
-    k_cache.flatten(0, 1)[slot_mapping] = k
-    v_cache.flatten(0, 1)[slot_mapping] = v
+def decode_metadata(
+    block_tables: Tensor, query_start: Tensor, context_lens: Tensor, *, block_size: int, dtype: torch.dtype
+) -> AttentionMetadata:
+    """The tensors as they are."""
+    return AttentionMetadata(block_tables, query_start, context_lens, block_size)
 
 
-def paged_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, metadata: AttentionMetadata, *, scale: float
-) -> Tensor:
+def paged_attention(q: Tensor, cache: LayerCache, metadata: AttentionMetadata, *, scale: float) -> Tensor:
     """Softmax in fp32 over the keys at or before each query's position."""
-    heads, kv_heads = q.shape[1], k_cache.shape[2]
+    heads, kv_heads = q.shape[1], cache.num_kv_heads
     starts, contexts = metadata.query_start.tolist(), metadata.context_lens.tolist()
     out = torch.empty_like(q)
     for r, context in enumerate(contexts):
         rows = slice(starts[r], starts[r + 1])
         blocks = metadata.block_tables[r, : -(-context // metadata.block_size)].long()
-        keys = k_cache[blocks].flatten(0, 1)[:context].float()  # [L, Hkv, D]
-        values = v_cache[blocks].flatten(0, 1)[:context].float()
+        keys = read_blocks(cache.keys, cache.key_scales, blocks, torch.float32)[:context]  # [L, Hkv, D]
+        values = read_blocks(cache.values, cache.value_scales, blocks, torch.float32)[:context]
         queries = q[rows].float().reshape(-1, kv_heads, heads // kv_heads, q.shape[2])  # [n, Hkv, G, D]
         scores = torch.einsum("nhgd,lhd->hgnl", queries, keys) * scale
         count = rows.stop - rows.start

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels import cpu, ops, reference
+from kernels.cache import LayerCache
 from kernels.operands import DenseWeight
 from kernels.prepared import DensePrepared
 
@@ -213,7 +214,7 @@ def cache_with_contexts(generator, contexts, kv_heads, head_dim, block_size, dty
     """A cache whose unused slots hold large numbers, so that looking at one shows."""
     counts = [-(-context // block_size) for context in contexts]
     num_blocks = sum(counts) + 3
-    caches = [torch.full((num_blocks, block_size, kv_heads, head_dim), 1e4, dtype=dtype) for _ in range(2)]
+    cache = LayerCache(*torch.full((2, num_blocks, block_size, kv_heads, head_dim), 1e4, dtype=dtype))
     order = torch.randperm(num_blocks, generator=generator).tolist()
     block_tables = np.zeros((len(contexts), max(counts)), dtype=np.int32)
     for r, context in enumerate(contexts):
@@ -221,8 +222,8 @@ def cache_with_contexts(generator, contexts, kv_heads, head_dim, block_size, dty
         block_tables[r, : counts[r]] = blocks
         slots = torch.tensor([blocks[p // block_size] * block_size + p % block_size for p in range(context)])
         k, v = (torch.randn(context, kv_heads, head_dim, generator=generator).to(dtype) for _ in range(2))
-        reference.store_kv(k, v, *caches, slots)
-    return *caches, block_tables
+        reference.store_kv(k, v, cache, slots)
+    return cache, block_tables
 
 
 @st.composite
@@ -244,17 +245,13 @@ def test_paged_attention(seed, requests, block_size, heads, head_dim):
     kv_heads, group = heads
     generator = rng(seed)
     counts, contexts = zip(*requests, strict=True)
-    k_cache, v_cache, block_tables = cache_with_contexts(
-        generator, contexts, kv_heads, head_dim, block_size, torch.float32
-    )
+    cache, block_tables = cache_with_contexts(generator, contexts, kv_heads, head_dim, block_size, torch.float32)
     # As in the model, queries are part of a wider tensor.
     q = torch.randn(sum(counts), kv_heads * group + 2, head_dim, generator=generator)[:, : kv_heads * group]
     arrays = block_tables, np.cumsum([0, *counts], dtype=np.int32), np.array(contexts, dtype=np.int32)
     options = {"block_size": block_size, "dtype": torch.float32, "device": CPU}
-    actual = cpu.paged_attention(q, k_cache, v_cache, cpu.attention_metadata(*arrays, **options), scale=0.4)
-    expected = reference.paged_attention(
-        q, k_cache, v_cache, reference.attention_metadata(*arrays, **options), scale=0.4
-    )
+    actual = cpu.paged_attention(q, cache, cpu.attention_metadata(*arrays, **options), scale=0.4)
+    expected = reference.paged_attention(q, cache, reference.attention_metadata(*arrays, **options), scale=0.4)
     check(actual, expected)
 
 
@@ -262,14 +259,12 @@ def test_paged_attention(seed, requests, block_size, heads, head_dim):
 @pytest.mark.parametrize(("count", "context"), [(600, 600), (600, 700), (257, 1000), (256, 300), (2, 1024)])
 def test_chunks_longer_than_a_tile(count, context, dtype):
     generator = rng(count)
-    k_cache, v_cache, block_tables = cache_with_contexts(generator, [context, 9], 2, 8, 16, dtype)
+    cache, block_tables = cache_with_contexts(generator, [context, 9], 2, 8, 16, dtype)
     q = torch.randn(count + 1, 4, 8, generator=generator).to(dtype)
     arrays = block_tables, np.array([0, count, count + 1], dtype=np.int32), np.array([context, 9], dtype=np.int32)
     options = {"block_size": 16, "dtype": dtype, "device": CPU}
-    actual = cpu.paged_attention(q, k_cache, v_cache, cpu.attention_metadata(*arrays, **options), scale=0.4)
-    expected = reference.paged_attention(
-        q, k_cache, v_cache, reference.attention_metadata(*arrays, **options), scale=0.4
-    )
+    actual = cpu.paged_attention(q, cache, cpu.attention_metadata(*arrays, **options), scale=0.4)
+    expected = reference.paged_attention(q, cache, reference.attention_metadata(*arrays, **options), scale=0.4)
     check(actual, expected, dtype)
 
 
@@ -277,14 +272,14 @@ def test_chunks_longer_than_a_tile(count, context, dtype):
 @given(seeds, st.integers(1, 20), st.integers(1, 5), st.sampled_from(DTYPES))
 def test_store_kv_writes_its_slots_and_no_other(seed, tokens, block_size, dtype):
     generator = rng(seed)
-    caches = [torch.zeros(8, block_size, 2, 4, dtype=dtype) for _ in range(4)]
+    caches = [LayerCache(*torch.zeros(2, 8, block_size, 2, 4, dtype=dtype)) for _ in range(2)]
     slots = torch.randperm(8 * block_size, generator=generator)[: min(tokens, 8 * block_size)]
     kv = torch.randn(len(slots), 6, 4, generator=generator).to(dtype)
-    cpu.store_kv(kv[:, 2:4], kv[:, 4:], caches[0], caches[1], slots)
-    reference.store_kv(kv[:, 2:4], kv[:, 4:], caches[2], caches[3], slots)
-    assert torch.equal(caches[0], caches[2])
-    assert torch.equal(caches[1], caches[3])
-    assert torch.equal(caches[0].flatten(0, 1)[slots], kv[:, 2:4])
+    for kernels, cache in zip((cpu, reference), caches, strict=True):
+        kernels.store_kv(kv[:, 2:4], kv[:, 4:], cache, slots)
+    assert torch.equal(caches[0].keys, caches[1].keys)
+    assert torch.equal(caches[0].values, caches[1].values)
+    assert torch.equal(caches[0].keys.flatten(0, 1)[slots], kv[:, 2:4])
 
 
 def test_metadata_of_another_device_is_refused():
@@ -292,4 +287,4 @@ def test_metadata_of_another_device_is_refused():
     metadata = reference.attention_metadata(*arrays, block_size=4, dtype=torch.float32, device=CPU)
     q, cache = torch.zeros(1, 1, 4), torch.zeros(1, 4, 1, 4)
     with pytest.raises(TypeError, match="made for another device"):
-        ops.paged_attention(q, cache, cache, metadata, scale=1.0)
+        ops.paged_attention(q, LayerCache(cache, cache), metadata, scale=1.0)

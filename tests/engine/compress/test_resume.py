@@ -190,7 +190,7 @@ def test_the_next_layer_sees_what_the_quantized_layers_before_it_make(source, ha
     original = originals.embedding()[TOKENS]
     for layer in range(2):
         original = runner.run(runner.build(LayerWeights(originals, config, layer), layer), original)
-    assert (original - states).abs().max() > 2e-4
+    assert (original - states).abs().max() > 5e-5, "the two streams differ by more than rounding"
 
 
 def test_an_unfinished_run_is_neither_taken_up_nor_thrown_away_unasked(source, half_done, undisturbed):

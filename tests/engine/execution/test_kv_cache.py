@@ -77,7 +77,7 @@ def test_a_cpu_cache_costs_memory_only_where_it_is_used(model):
         model, 2, num_blocks=2**30 // BLOCK_BYTES, block_size=16, dtype=torch.float32, device=torch.device("cpu")
     )
     assert _resident_bytes() - resident < 2**27
-    assert not cache.layers[0][0][5].any()
+    assert not cache.layers[0].keys[5].any()
 
 
 def test_gpu_formula():

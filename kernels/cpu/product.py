@@ -1,0 +1,111 @@
+"""Products with packed weights.
+
+Activations are rounded to 16 bits once for each product, for all output features: a product errs by at most ``sum over
+groups of 64 of max|x| / 65024 * sum|w|``, besides fp32's own rounding. A row's result is the same to the bit whatever
+else is in the batch, except where a machine without `kernels.cpu.vector`'s instructions multiplies a large one densely.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kernels.cpu.layout import CHUNK_BYTES, OFFSETS, TABLE_BYTES, TILE, TOKENS
+from kernels.cpu.packed import PackedPrepared
+from kernels.cpu.threads import has_vnni, run
+
+DENSE_ROWS = 32
+"""Rows from which on, without those instructions, decoding to fp32 for torch's product takes less time than plain
+loops over integers; with them it never does (benchmarks/cpu_decode.py, batch 64)."""
+DENSE_BYTES = 8 << 20
+"""Decoded weights at a time; they stay in a cache between the decoder and the product."""
+
+
+def multiply(x: Tensor, weight: PackedPrepared, segments: np.ndarray, entries: np.ndarray) -> Tensor:
+    """Rows of x times matrices of a stack.
+
+    Args:
+        x: [T, K], any floating dtype.
+        weight: stack of matrices (K, N).
+        segments: int64 [S, 3]: a matrix, its first entry, how many.
+        entries: int64 [P, 2]: row of x, row of the result; each row of the result once.
+
+    Returns:
+        fp32 [P, N].
+    """
+    x = x.float()
+    out = torch.empty(len(entries), weight.out_features)
+    if not has_vnni() and bool((large := segments[:, 2] >= DENSE_ROWS).any()):
+        for matrix, first, count in segments[large].tolist():
+            rows = torch.from_numpy(entries[first : first + count])  # [count, 2]
+            out.index_copy_(0, rows[:, 1], _dense(x.index_select(0, rows[:, 0]), weight, matrix))
+        segments = segments[~large]
+    if len(segments):
+        _product(_quantize(x, weight), weight, segments, entries, out)
+    return out
+
+
+def decode(weight: PackedPrepared, matrix: int, rows: range) -> Tensor:
+    """Output features `rows` of a matrix of the stack, fp32 [rows, K], to the bit as the reference decodes them."""
+    out = torch.empty(len(rows), weight.in_features)
+    first = matrix * weight.out_features + rows.start
+    codes, scales, table, *rest = weight.addresses
+    arguments = np.array(
+        (
+            *(0, len(rows), weight.kind, first, weight.chunks),
+            *(codes, scales, table + TABLE_BYTES * matrix if table else 0, *rest),
+            *(weight.order.ctypes.data, OFFSETS[weight.kind], weight.in_features, out.data_ptr()),
+        )
+    )
+    run("decode", arguments, tasks=len(rows), num_bytes=4 * out.numel())
+    return out
+
+
+def _quantize(x: Tensor, weight: PackedPrepared) -> np.ndarray:
+    """fp32 [T, K] as the kernels of `weight` take it: uint8 [T * chunks * 640]."""
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    tokens = x.shape[0]
+    out = _aligned(tokens * weight.chunks * CHUNK_BYTES)
+    arguments = np.array(
+        (
+            *(0, tokens, weight.in_features, x.data_ptr(), x.stride(0) * x.element_size()),
+            *(out.ctypes.data, weight.order.ctypes.data, OFFSETS[weight.kind]),
+        )
+    )
+    run("quantize", arguments, tasks=tokens, num_bytes=out.size)
+    return out
+
+
+def _product(
+    inputs: np.ndarray, weight: PackedPrepared, segments: np.ndarray, entries: np.ndarray, out: Tensor
+) -> None:
+    tasks = len(segments) * -(-weight.out_features // TILE)
+    arguments = np.array(
+        (
+            *(0, tasks, weight.kind, weight.out_features, weight.chunks),
+            *weight.addresses,
+            *(segments.ctypes.data, entries.ctypes.data, inputs.ctypes.data, out.data_ptr()),
+        )
+    )
+    matrix_bytes = weight.num_bytes // weight.codes.shape[0]
+    run("product", arguments, tasks=tasks, num_bytes=matrix_bytes * max(len(segments), len(entries) // TOKENS))
+
+
+def _dense(x: Tensor, weight: PackedPrepared, matrix: int) -> Tensor:
+    """fp32 [T, K] times one matrix, decoded once for all rows of `x`, some output features at a time."""
+    n = weight.out_features
+    out = x.new_empty(n, x.shape[0])  # the features of a part lie together
+    step = max(1, DENSE_BYTES // (4 * weight.in_features))
+    for first in range(0, n, step):
+        rows = range(first, min(first + step, n))
+        torch.mm(decode(weight, matrix, rows), x.t(), out=out[rows.start : rows.stop])
+    return out.t()
+
+
+def _aligned(size: int) -> np.ndarray:
+    """`size` bytes at a multiple of 64, where a load of 64 never crosses a cache line."""
+    room = np.empty(size + 64, dtype=np.uint8)
+    start = -room.ctypes.data % 64
+    return room[start : start + size]

@@ -1,0 +1,48 @@
+"""Which weights stay packed on a CPU."""
+
+from __future__ import annotations
+
+import logging
+import math
+from functools import lru_cache
+
+import torch
+
+from kernels import reference
+from kernels.cpu.packed import pack
+from kernels.cpu.threads import kernels
+from kernels.operands import CcqWeight, DenseWeight, Int4Weight, Int8Weight, Weight
+from kernels.prepared import Prepared, dense
+
+logger = logging.getLogger(__name__)
+
+PACKED_WEIGHTS = 1 << 20
+"""Fewest weights of a matrix, or of a whole stack of experts, that stay packed: those of a smaller one are in a cache
+when they are wanted, and torch's product with them takes less time (benchmarks/cpu_decode.py, "threshold")."""
+
+
+def prepare(weight: Weight, *, dtype: torch.dtype, device: torch.device) -> Prepared:
+    """WINT2, INT4 and INT8 stay packed from `PACKED_WEIGHTS` on; everything else is decoded to `dtype`."""
+    if isinstance(weight, CcqWeight | Int4Weight | Int8Weight) and _count(weight) >= PACKED_WEIGHTS:
+        kernels()  # compiled here, while loading, rather than in the first step
+        return pack(weight)
+    prepared = reference.prepare(weight, dtype=dtype, device=device)
+    if not isinstance(weight, DenseWeight | CcqWeight | Int4Weight | Int8Weight):
+        shape = tuple(dense(prepared).weight.shape)
+        if math.prod(shape) >= PACKED_WEIGHTS:
+            _warn(type(weight).__name__, shape)
+    return prepared
+
+
+def _count(weight: CcqWeight | Int4Weight | Int8Weight) -> int:
+    if isinstance(weight, CcqWeight):
+        return weight.codes.numel() * 4
+    return weight.packed.numel() * 2 if isinstance(weight, Int4Weight) else weight.values.numel()
+
+
+@lru_cache(maxsize=256)
+def _warn(kind: str, shape: tuple[int, ...]) -> None:
+    """Once for a format and a shape, not for each layer."""
+    logger.warning(
+        "%s %s: the CPU has no kernel for this format; decoded, it takes the memory of dense weights", kind, list(shape)
+    )

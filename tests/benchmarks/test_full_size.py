@@ -1,0 +1,109 @@
+"""The plan has the bytes that the formats say, and both GPU benchmarks run at a toy size on the CPU."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import full_size, kernels
+from benchmarks.memory_plan import plan
+from benchmarks.random_weights import RandomWeights, random_weight
+from benchmarks.scales import MODELS, layout
+from kernels.reference import dequantize
+
+CPU = torch.device("cpu")
+
+
+def planned(scale: str, name: str):
+    model = MODELS[scale]
+    chosen = layout(name, model)
+    return plan(model, chosen.formats, head=chosen.head, kv_dtype=chosen.kv_dtype or torch.bfloat16)
+
+
+def test_baidus_layout_has_the_bytes_of_its_checkpoint():
+    found = planned("300b", "baidu")
+    assert found.weights == pytest.approx(93.82e9, abs=0.01e9)
+    assert found.parts["experts, wint2"] == pytest.approx((66.24 + 2.07 + 0.46) * 1e9, abs=0.01e9)
+    assert found.parts["experts, wint4"] == pytest.approx(11.27e9, abs=0.02e9)
+    assert found.token == 216 * 1024
+
+
+def test_the_tight_layout_nearly_fills_a_card_of_80_gb():
+    found = planned("300b", "tight")
+    moe = MODELS["300b"].moe
+    columns = 51 * moe.num_experts * (2 * moe.intermediate_size + 8192)
+    # Codes and group scales; 10 bytes a column come on top.
+    assert found.experts - 10 * columns == pytest.approx(74.1e9, abs=0.05e9)
+    assert found.weights == pytest.approx(82.0e9, abs=0.1e9)
+    assert found.token == 112_320
+
+
+def test_a_decode_step_of_one_token_reads_the_experts_it_chose():
+    found = planned("300b", "baidu")
+    dense = found.weights - found.experts - found.unread
+    assert found.read(1, 0) == pytest.approx(dense + found.experts / 8)
+    assert found.read(10**6, 0) == pytest.approx(dense + found.experts)
+    assert found.read(4, 100) - found.read(4, 0) == 400 * found.token
+
+
+@pytest.mark.parametrize("name", ["bf16", "wint8", "wint4", "wint2", "bitplane2", "bitplane4"])
+@pytest.mark.parametrize("experts", [None, 2])
+def test_random_weights_have_a_deviation_of_one_over_root_k(name, experts):
+    weight = random_weight(name, 256, 96, experts=experts, device=CPU, dtype=torch.float32)
+    dense = dequantize(weight, torch.float32)
+    assert dense.shape == (*(() if experts is None else (experts,)), 96, 256)
+    assert 0.6 < float(dense.std()) * 16 < 1.6
+
+
+@pytest.mark.parametrize("name", ["baidu", "tight"])
+def test_random_weights_take_the_bytes_of_the_plan(name):
+    model = MODELS["tiny"]
+    chosen, size = layout(name, model), 0
+    weights = RandomWeights(model, chosen.formats, device=CPU, dtype=torch.bfloat16, head=chosen.head)
+
+    def count(operand: object) -> int:
+        tensors = (getattr(operand, field) for field in operand.__slots__)
+        return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
+
+    for layer in range(model.num_hidden_layers):
+        if model.is_moe_layer(layer):
+            size += count(weights.expert_gate_up(layer)) + count(weights.expert_down(layer))
+    assert size == planned("tiny", name).experts
+
+
+@pytest.mark.parametrize("benchmark", [full_size, kernels])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_there_is_one_clear_line(benchmark):
+    with pytest.raises(SystemExit) as ended:
+        benchmark.main([])
+    assert str(ended.value.code).startswith("no GPU")
+    assert "\n" not in str(ended.value.code)
+
+
+@pytest.mark.parametrize("name", ["baidu", "tight"])
+def test_whole_steps_run_on_a_cpu(capsys, name):
+    torch.set_num_threads(1)
+    full_size.main(["--device", "cpu", "--scale", "tiny", "--layout", name, "--steps", "2", "--json"])
+    steps = json.loads(capsys.readouterr().out)["steps"]
+    assert [(step["batch"], step["context"]) for step in steps] == [(1, 16), (2, 16), (1, 64), (2, 64)]
+    assert all(step["tokens_per_second"] > 0 for step in steps)
+
+
+def test_the_plan_alone_needs_no_gpu(capsys):
+    full_size.main(["--plan-only", "--json"])
+    assert json.loads(capsys.readouterr().out)["weights"] == planned("300b", "baidu").weights
+
+
+def test_every_operation_and_format_runs_on_a_cpu(capsys):
+    torch.set_num_threads(1)
+    kernels.main(["--device", "cpu", "--scale", "tiny", "--rounds", "1", "--batches", "1", "3", "--json"])
+    rows = json.loads(capsys.readouterr().out)["kernels"]
+    assert {row["operation"] for row in rows} == {
+        "linear", "fused_moe", "paged_attention", "add_rms_norm", "silu_and_mul", "rotary_store_kv", "route",
+    }  # fmt: skip
+    formats = {row["format"] for row in rows if row["operation"] == "linear"}
+    assert {"torch dense", "wint2", "wint2 by column", "wint4", "wint8", "bitplane2", "bitplane4", "bf16"} <= formats
+    ratios = [row["times_as_fast_as_torch"] for row in rows if row["operation"] in ("linear", "fused_moe")]
+    assert all(ratio > 0 for ratio in ratios)

@@ -1,0 +1,80 @@
+"""Every Triton kernel, compiled for A100 and Hopper: it fits the machine, and issues no more than it did.
+
+Compiling needs no GPU, but a process without Triton's interpreter, which the other tests here run under.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from benchmarks.compiled import MAX_REGISTERS, MAX_SHARED_BYTES
+from benchmarks.sass import all_variants
+
+OPS_PER_BYTE: dict[str, dict[int, float]] = {
+    "multiply_ccq_pair_experts_8": {80: 9.3, 90: 9.2},
+    "multiply_ccq_wide_experts_64": {80: 25.5, 90: 17.0},
+    "multiply_ccq_wide_linear_16": {80: 12.8, 90: 12.8},
+    "multiply_int4_experts_8": {80: 4.7, 90: 4.6},
+    "multiply_int8_experts_8": {80: 2.6, 90: 2.5},
+}
+"""Lane-operations of the inner loop for each packed byte, at most; by kernel and compute capability. What a GPU can
+issue while it loads a byte is printed by ``python -m benchmarks.sass``, which also compiles all the other kernels."""
+
+OTHERS = ("attention i8 128", "attention combine", "add_rms_norm 8192", "rotary_store_kv i8", "route", "sort")
+"""Parts of the names of kernels to compile besides."""
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[dict[str, Any]]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.sass", "--json", "--only", *OPS_PER_BYTE, *OTHERS]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    kernels: list[dict[str, Any]] = json.loads(done.stdout)["kernels"]
+    return kernels
+
+
+def where(kernel: dict[str, Any]) -> str:
+    return f"{kernel['name']} for sm_{kernel['capability']}"
+
+
+def test_every_chosen_kernel_is_there(compiled):
+    names = {kernel["name"] for kernel in compiled}
+    for part in (*OPS_PER_BYTE, *OTHERS):
+        assert any(part in name for name in names), f"no kernel is called {part!r}"
+    chosen = [v for v in all_variants() if any(part in v.name for part in (*OPS_PER_BYTE, *OTHERS))]
+    expected = {(variant.name, capability) for variant in chosen for capability in variant.capabilities}
+    assert {(kernel["name"], kernel["capability"]) for kernel in compiled} == expected
+
+
+def test_registers_spills_and_shared_memory_fit(compiled):
+    problems = []
+    for kernel in compiled:
+        if kernel["registers"] > MAX_REGISTERS:
+            problems.append(f"{where(kernel)}: {kernel['registers']} registers")
+        if kernel["spilled_bytes"]:
+            problems.append(f"{where(kernel)}: {kernel['spilled_bytes']} bytes of local memory")
+        if kernel["shared_bytes"] > MAX_SHARED_BYTES[kernel["capability"]]:
+            problems.append(f"{where(kernel)}: {kernel['shared_bytes']} bytes of shared memory")
+    assert not problems, "\n".join(problems)
+
+
+def test_a_packed_byte_costs_no_more_than_recorded(compiled):
+    problems = []
+    for kernel in compiled:
+        per_byte = kernel["instructions_per_byte"]
+        if per_byte is None:
+            continue
+        print(f"{where(kernel)}: {per_byte:.2f} lane-operations a byte")
+        bound = OPS_PER_BYTE[kernel["name"]][kernel["capability"]]
+        if per_byte > bound:
+            problems.append(f"{where(kernel)}: {per_byte:.2f}, at most {bound}")
+        if not kernel["loop"]["is_loop"]:
+            problems.append(f"{where(kernel)} has no loop to count")
+    assert not problems, "\n".join(problems)

@@ -1,0 +1,163 @@
+"""One matrix: every format against its decoded weights."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+import weights as make
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels.gpu import launch, words
+from kernels.gpu.linear import linear, prepare
+from kernels.gpu.pack import GpuPrepared
+from kernels.operands import CcqWeight, Weight
+from kernels.prepared import DensePrepared
+
+torch.set_num_threads(1)
+
+FORMATS = {
+    "ccq": lambda n: make.ccq(n=n, k=256),
+    "ccq of two groups": lambda n: make.ccq(n=n, k=128, pair=make.PAIR),
+    "ccq, odd groups, permuted": lambda n: make.ccq(n=n, k=192, order="permuted"),
+    "ccq, permuted, words of a pair": lambda n: make.ccq(n=n, k=512, pair=make.PAIR, order="permuted"),
+    "ccq, a codebook a column": lambda n: make.ccq(n=n, k=256, pair=None),
+    "int8": lambda n: make.int8(n=n, k=192),
+    "int8, half a tile": lambda n: make.int8(n=n, k=96),
+    "int4": lambda n: make.int4(n=n, k=192),
+    "int4, whole tiles": lambda n: make.int4(n=n, k=256),
+    "planes of 32": lambda n: make.planes(n=n, k=256, count=3, group=32),
+    "planes of 256": lambda n: make.planes(n=n, k=512, count=4, group=256),
+    "planes, half a tile": lambda n: make.planes(n=n, k=128, count=2, group=64),
+    "grouped": lambda n: make.grouped(n=n, k=128),
+    "dense": lambda n: make.plain(n=n, k=72),
+    "split": lambda n: make.split(n=n, k=256),
+}
+
+
+def error(got: torch.Tensor, want: torch.Tensor) -> float:
+    """Largest deviation, relative to the largest value."""
+    return float((got.float() - want).abs().max() / want.abs().max())
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.float16, 1e-3)])
+@pytest.mark.parametrize(("tokens", "features", "bias"), [(1, 37, False), (9, 70, True)])
+def test_product_is_that_of_the_decoded_weight(name, dtype, tolerance, tokens, features, bias):
+    torch.manual_seed(1)
+    weight = FORMATS[name](features)
+    want = make.dense(weight)
+    x = torch.randn(tokens, want.shape[1], dtype=dtype)
+    addend = torch.randn(features, dtype=dtype) if bias else None
+    got = linear(x, prepare(weight, dtype=dtype, device=make.CPU), addend)
+    assert got.dtype == dtype
+    assert error(got, x.float() @ want.t() + (0.0 if addend is None else addend.float())) < tolerance
+
+
+@settings(deadline=None, max_examples=8)
+@given(exponents=st.lists(st.integers(-20, 12), min_size=2, max_size=3), seed=st.integers(0, 1000))
+def test_rows_of_any_size_keep_their_precision(exponents, seed):
+    """Rows are brought into the range of fp16 one by one, whatever the others are."""
+    torch.manual_seed(seed)
+    weight = make.ccq(n=5, k=128)
+    x = torch.randn(len(exponents), 128) * torch.tensor([2.0**e for e in exponents]).unsqueeze(1)
+    x = x.bfloat16()
+    prepared = prepare(weight, dtype=torch.bfloat16, device=make.CPU)
+    assert isinstance(prepared, GpuPrepared)
+    arranged, unit = launch.arrange(x, prepared.parts[0])
+    assert arranged.dtype == torch.float16
+    order = prepared.parts[0].order
+    assert order is not None
+    assert torch.equal(arranged.float() * unit.unsqueeze(1), x.float()[:, order.long()])
+
+
+@pytest.mark.parametrize("row", [torch.zeros(64), torch.full((64,), 2.0**-130)])
+def test_rows_of_nothing_stay_finite(row):
+    got = linear(row.unsqueeze(0).bfloat16(), prepare(make.ccq(n=4, k=64), dtype=torch.bfloat16, device=make.CPU))
+    assert got.dtype == torch.bfloat16
+    assert bool((got.abs() < 1e-30).all())
+
+
+def test_long_rows_are_cut_and_summed_in_the_same_order():
+    torch.manual_seed(2)
+    weight = make.int8(n=3, k=2048)
+    prepared = prepare(weight, dtype=torch.float32, device=make.CPU)
+    assert isinstance(prepared, GpuPrepared)
+    shape = launch.shape_for(2)
+    assert launch.splits_for(prepared.parts[0], blocks=1, shape=shape) > 1
+    x, bias = torch.randn(2, 2048), torch.randn(3)
+    first = linear(x, prepared, bias)
+    assert error(first, x @ make.dense(weight).t() + bias) < 2e-6
+    assert torch.equal(first, linear(x, prepared, bias))
+
+
+@pytest.mark.parametrize(("tiles", "blocks"), [(1, 1), (5, 1), (31, 3), (32, 2000), (128, 8)])
+def test_every_tile_belongs_to_one_split(tiles, blocks):
+    prepared = prepare(make.int8(n=2, k=tiles * 64), dtype=torch.float32, device=make.CPU)
+    assert isinstance(prepared, GpuPrepared)
+    splits = launch.splits_for(prepared.parts[0], blocks=blocks, shape=launch.SHAPES[0])
+    each = -(-tiles // splits)
+    assert (splits - 1) * each < tiles <= splits * each
+
+
+def _operand_bytes(weight: Weight) -> int:
+    tensors = [getattr(weight, name) for name in weight.__slots__]
+    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        make.ccq(2, n=8, k=7168),
+        make.ccq(2, n=8, k=448 * 7),
+        make.int8(2, n=8, k=1024),
+        make.int4(2, n=8, k=1024),
+        make.planes(2, n=8, k=2048, group=256),
+    ],
+)
+def test_packed_weights_take_the_memory_of_their_operand(weight):
+    prepared = prepare(weight, dtype=torch.bfloat16, device=make.CPU)
+    assert isinstance(prepared, GpuPrepared)
+    order = prepared.parts[0].order
+    shared = 0 if order is None else order.numel() * 4  # one for all columns
+    assert prepared.num_bytes - shared <= 1.01 * _operand_bytes(weight)
+    assert (prepared.out_features, prepared.in_features) == make.dense(weight).shape[1:]
+
+
+def test_what_has_no_kernel_is_decoded_and_said(caplog):
+    with caplog.at_level(logging.WARNING):
+        prepared = prepare(make.grouped(n=4, k=64), dtype=torch.float32, device=make.CPU)
+    assert isinstance(prepared, DensePrepared)
+    assert "GroupedWeight" in caplog.text
+
+
+@settings(deadline=None, max_examples=30)
+@given(scale=st.floats(-200, 200, width=32), zero=st.floats(-4000, 4000, width=32))
+def test_lines_of_integers_give_the_same_words(scale, zero):
+    one, two = torch.tensor([scale]), torch.tensor([zero])
+    want = words.words(one, two)[:, 0]
+    for shift in (words.WIDE_SHIFT, words.PAIR_SHIFT):
+        found = words.lines(one, two, shift=shift)
+        if found is not None:
+            line = torch.arange(256) * found[0].long() + found[1].long()
+            assert torch.equal(line >> shift & 0x7FFF, want & 0x7FFF)
+            assert shift == words.WIDE_SHIFT or (int(line.min()) >= 0 and int(line.max()) < 2**16)
+
+
+def test_a_column_without_a_line_keeps_the_exact_words():
+    torch.manual_seed(3)
+    weight = make.ccq(n=4000, k=64, pair=None)  # one in several hundred pairs has no line of integers
+    bad = next(
+        n
+        for n in range(4000)
+        if words.lines(weight.code_scale[n : n + 1], weight.code_zp[n : n + 1], shift=words.WIDE_SHIFT) is None
+    )
+    tensors = (weight.codes, weight.group_scales, weight.super_scales, weight.code_scale, weight.code_zp)
+    weight = CcqWeight(*(t[..., bad : bad + 4] for t in tensors), row_order="plain")
+    prepared = prepare(weight, dtype=torch.float32, device=make.CPU)
+    assert isinstance(prepared, GpuPrepared)
+    assert prepared.parts[0].word_shift == 0
+    x = torch.randn(2, 64)
+    assert error(linear(x, prepared), x @ make.dense(weight).t()) < 2e-6
