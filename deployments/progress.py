@@ -12,11 +12,11 @@ MIN_PERCENT = 10
 
 
 def log_to_stderr() -> None:
-    """Let this process's ``deployments`` and ``engine`` loggers write to stderr, which Ray shows to the driver.
+    """Let the loggers of this process's rooms write to stderr, which Ray shows to the driver.
 
     For the entry points of Ray actors alone; a process that already has handlers there is left as it is.
     """
-    for name in ("deployments", "engine"):
+    for name in ("deployments", "engine", "kernels"):
         room = logging.getLogger(name)
         if not room.handlers:
             handler = logging.StreamHandler()
