@@ -46,10 +46,9 @@ METHODS: dict[str, Encode] = {
     "CCQ default": ccq.quantize,
     "CCQ default, a codebook a column": lambda w, m: ccq.quantize(w, m, codebook="column"),
     "CCQ best": lambda w, m: ccq.quantize(w, m, options="best"),
-    "CCQ best, a codebook a column": lambda w, m: ccq.quantize(w, m, options="best", codebook="column"),
 }
 BASELINE = "GPTQ-2 g64, clipped"
-TIMED = ("GPTQ-2 g64, clipped", "BPDQ k=2 g64", "BPDQ k=2 g128", "CCQ fast", "CCQ default", "CCQ best")
+TIMED = ("GPTQ-2 g64, clipped", "BPDQ k=2 g64", "BPDQ k=2 g128", "CCQ fast", "CCQ default")
 
 
 def main() -> None:

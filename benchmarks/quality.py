@@ -82,6 +82,7 @@ def main() -> None:
         result = run(options)
         print(report.write("quality", result))
     print(table(result))
+    print(ratios(result))
     if options.plot is not None:
         from benchmarks.plot import quality_against_bits
 
@@ -216,6 +217,37 @@ def table(result: dict[str, Any]) -> str:
             f"| {found['divergence']:.4f} ± {found['divergence_error']:.4f} | {found['agreement']:.1%} "
             f"| {found['perplexity']:.2f} | {row['seconds']:.0f} |"
         )
+    return "\n".join(lines)
+
+
+PAIRS = (
+    ("CCQ default: + drift absorbed", "GPTQ-2 g64, clipped"),
+    ("CCQ best: more beams and sweeps", "GPTQ-2 g64, clipped"),
+    ("CCQ default, a codebook for each column", "GPTQ-2 g64, clipped"),
+    ("CCQ default: + drift absorbed", "BPDQ k=2 g128"),
+    ("CCQ default: + drift absorbed", "BPDQ k=2 g64"),
+    ("+ 2 sweeps of descent (default)", "GPTQ-2 g64, clipped, classic calibration"),
+    ("+ 2 sweeps of descent (default)", "BPDQ k=2 g128, classic calibration"),
+    ("CCQ default: + drift absorbed", "GPTQ-2 g64, clipped, classic calibration"),
+    ("CCQ default, residual stream rotated", "CCQ default: + drift absorbed"),
+)
+"""Rows whose divergences are set against each other."""
+_RESAMPLES = 2000
+
+
+def ratios(result: dict[str, Any]) -> str:
+    """Ratios of divergences with 95 % intervals of a paired bootstrap over the windows, in Markdown."""
+    windows = {row["name"]: row["comparison"]["windows"] for row in result["results"]}
+    lines = ["", "| KL of | as a part of that of | ratio |", "|---|---|---|"]
+    for one, other in PAIRS:
+        if one not in windows or other not in windows:
+            continue
+        pair = torch.tensor([windows[one], windows[other]], dtype=torch.float64)  # [2, S]
+        picks = torch.randint(pair.shape[1], (_RESAMPLES, pair.shape[1]), generator=torch.Generator().manual_seed(0))
+        sums = pair[:, picks].sum(dim=-1)  # [2, _RESAMPLES]
+        low, high = torch.quantile(sums[0] / sums[1], torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+        ratio = float(pair[0].sum() / pair[1].sum())
+        lines.append(f"| {one} | {other} | {ratio:.2f} ({low:.2f}-{high:.2f}) |")
     return "\n".join(lines)
 
 
