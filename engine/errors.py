@@ -35,3 +35,15 @@ class RequestError(DibitError):
 
 class EngineDeadError(DibitError):
     """The engine stopped (a rank died or a step failed); requests under way on it can't go on."""
+
+
+class OverloadedError(DibitError):
+    """There is more work than can be done in time; the request was not begun.
+
+    Attributes:
+        retry_after_s: seconds until it would be taken, as far as can be foreseen.
+    """
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s

@@ -1,72 +1,20 @@
-"""The ASGI application: routes, and what every route has in common."""
+"""The ASGI application: what every route has in common."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
 
-from deployments.openai.answer import Job, respond
-from deployments.openai.chat import prepare_chat
-from deployments.openai.completions import prepare_completion
 from deployments.openai.errors import ApiError, from_exception
 from deployments.openai.generation import Engine
-from deployments.openai.http import (
-    MAX_BODY_BYTES,
-    ClientGone,
-    check_json_content,
-    read_body,
-    send_error,
-    until_disconnect,
-)
-from deployments.openai.models import check_model, model_card
-from deployments.openai.pace import Pacer
-from deployments.openai.prompts import Prompts
-from deployments.openai.sse import encode
+from deployments.openai.http import MAX_BODY_BYTES
+from deployments.openai.routes import json_response, openai_routes
 from engine.tokenizer import Tokenizer
-
-logger = logging.getLogger(__name__)
-
-Prepare = Callable[[bytes, Engine, Prompts], Awaitable[Job]]
-
-
-class GenerationEndpoint:
-    """An ASGI endpoint that reads a request, validates it whole, then generates."""
-
-    def __init__(
-        self, engine: Engine, prompts: Prompts, prepare: Prepare, *, pacer: Pacer, max_body_bytes: int
-    ) -> None:
-        self._engine = engine
-        self._pacer = pacer
-        self._prompts = prompts
-        self._prepare = prepare
-        self._max_body_bytes = max_body_bytes
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request; the engine's work for it ends when the client leaves."""
-        try:
-            check_json_content(scope)
-            body = await read_body(scope, receive, self._max_body_bytes)
-        except ClientGone:
-            return
-        except ApiError as error:
-            await send_error(send, error)
-            return
-        await until_disconnect(receive, self._serve(body, send))
-
-    async def _serve(self, body: bytes, send: Send) -> None:
-        try:
-            job = await self._prepare(body, self._engine, self._prompts)
-            await respond(self._engine, job, send, self._pacer)
-        except Exception as error:
-            await send_error(send, from_exception(error))
 
 
 def create_app(
@@ -83,24 +31,6 @@ def create_app(
         max_body_bytes: largest request body that is read; more is answered with 413.
         on_shutdown: awaited when the server ends.
     """
-    prompts = Prompts(tokenizer)
-    pacer = Pacer()
-
-    def generation(path: str, prepare: Prepare) -> Route:
-        endpoint = GenerationEndpoint(engine, prompts, prepare, pacer=pacer, max_body_bytes=max_body_bytes)
-        return Route(path, endpoint, methods=["POST"])
-
-    async def models(_: Request) -> Response:
-        return _json(encode({"object": "list", "data": [model_card(engine.info)]}))
-
-    async def model(request: Request) -> Response:
-        check_model(engine.info, request.path_params["model"])
-        return _json(encode(model_card(engine.info)))
-
-    async def health(_: Request) -> Response:
-        if engine.healthy():
-            return _json(b'{"status":"ok"}')
-        raise ApiError(503, "No engine makes progress", code="engine_unavailable")
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -109,13 +39,7 @@ def create_app(
             await on_shutdown()
 
     return Starlette(
-        routes=[
-            generation("/v1/chat/completions", prepare_chat),
-            generation("/v1/completions", prepare_completion),
-            Route("/v1/models", models),
-            Route("/v1/models/{model:path}", model),
-            Route("/health", health),
-        ],
+        routes=openai_routes(engine, tokenizer=tokenizer, max_body_bytes=max_body_bytes),
         exception_handlers={HTTPException: _http_error, ApiError: _api_error},
         lifespan=lifespan,
     )
@@ -127,13 +51,9 @@ async def _http_error(request: Request, error: Exception) -> Response:
     message = f"{request.method} {request.url.path} does not exist here"
     if status == 405 and headers:
         message = f"{request.url.path} does not take {request.method}; allowed: {headers['Allow']}"
-    return _json(ApiError(status, message).body(), status=status, headers=dict(headers or {}))
+    return json_response(ApiError(status, message).body(), status=status, headers=dict(headers or {}))
 
 
 async def _api_error(_: Request, error: Exception) -> Response:
     refusal = from_exception(error)
-    return _json(refusal.body(), status=refusal.status, headers=refusal.headers)
-
-
-def _json(body: bytes, *, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    return Response(body, status_code=status, media_type="application/json", headers=headers)
+    return json_response(refusal.body(), status=refusal.status, headers=refusal.headers)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 
 import msgspec
 from pydantic import ValidationError
 
-from engine.errors import EngineDeadError, RequestError
+from engine.errors import EngineDeadError, OverloadedError, RequestError
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,9 @@ def from_exception(error: Exception) -> ApiError:
             return error
         case RequestError():
             return ApiError(400, str(error), param=error.field, code=error.code)
+        case OverloadedError():
+            after = str(max(1, math.ceil(error.retry_after_s)))
+            return ApiError(429, str(error), code="rate_limit_exceeded", headers={"retry-after": after})
         case EngineDeadError():
             return ApiError(503, str(error), code="engine_unavailable")
         case _:
