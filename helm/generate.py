@@ -1,0 +1,217 @@
+"""Writes what follows from ``dibit/values.yaml``: the chart's README and the schema that values are checked against.
+
+    python helm/generate.py            write both
+    python helm/generate.py --check    only say whether they are up to date
+
+Types come from the defaults, and those of Dibit's own options from the classes that read them, so that the chart
+refuses what the application would refuse.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from deployments.config import AppConfig
+from engine.config import EngineConfig
+
+CHART = Path(__file__).resolve().parent / "dibit"
+
+CHOICES: dict[str, list[str]] = {
+    "image.pullPolicy": ["Always", "IfNotPresent", "Never"],
+    "model.cache.type": ["pvc", "hostPath", "image", "emptyDir"],
+    "ray.autoscaler.upscalingMode": ["Default", "Conservative", "Aggressive"],
+    "ray.upgrade.type": ["NewCluster", "NewClusterWithIncrementalUpgrade", "None"],
+    "service.type": ["ClusterIP", "NodePort", "LoadBalancer"],
+}
+PATTERNS = {
+    "image.digest": r"^(sha256:[0-9a-f]{64})?$",
+    "ray.version": r"^\d+\.\d+\.\d+$",
+    "model.cache.mountPath": r"^/",
+    "model.path": r".",
+}
+OPEN = {"resources", "nodeSelector", "affinity", "annotations", "labels", "podSecurityContext"}
+OPEN |= {"containerSecurityContext", "limits", "requests"}
+"""Kubernetes' own objects: any key goes, and Kubernetes checks them."""
+
+LEAST = {"replicas", "monitoring.prometheusRule.ttftSeconds", "monitoring.prometheusRule.tpotSeconds"}
+"""Values for which more is checked than that they are not negative."""
+
+ENGINE_ELSEWHERE = ("model", "tensor_parallel_size")
+"""Engine options that the chart sets from other values."""
+
+APPLICATION_ELSEWHERE = ("model", "served_model_name", "engine", "pools")
+"""Options of the application that have values of their own."""
+
+COMMENT = re.compile(r"^\s*(?:- )?# -- (.*)$")
+KEY = re.compile(r"^(\s*)(?:- )?([A-Za-z_]+):")
+
+
+def main() -> int:
+    """The command line; the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a file is out of date")
+    check = parser.parse_args().check
+    stale = []
+    for name, text in generated().items():
+        path = CHART / name
+        if path.is_file() and path.read_text(encoding="utf-8") == text:
+            continue
+        stale.append(name)
+        if not check:
+            path.write_text(text, encoding="utf-8")
+    if check and stale:
+        print(f"out of date: {', '.join(stale)}; run python helm/generate.py", file=sys.stderr)
+    return 1 if check and stale else 0
+
+
+def generated() -> dict[str, str]:
+    """The files' texts, by name."""
+    source = (CHART / "values.yaml").read_text(encoding="utf-8")
+    values = yaml.safe_load(source)
+    comments = read_comments(source)
+    return {
+        "values.schema.json": json.dumps(schema(values, comments), indent=1) + "\n",
+        "README.md": readme(values, comments),
+    }
+
+
+def read_comments(source: str) -> dict[str, str]:
+    """The ``# --`` line above each key, by the key's path; an item of a list has the path of the list."""
+    comments: dict[str, str] = {}
+    path: list[tuple[int, str]] = []
+    waiting = ""
+    for line in source.splitlines():
+        if found := COMMENT.match(line):
+            waiting = found[1]
+        elif found := KEY.match(line):
+            depth = len(found[1]) + (2 if line.lstrip().startswith("- ") else 0)
+            path = [(indent, key) for indent, key in path if indent < depth] + [(depth, found[2])]
+            comments[".".join(key for _, key in path)] = waiting
+            waiting = ""
+    return comments
+
+
+def schema(values: dict[str, Any], comments: dict[str, str]) -> dict[str, Any]:
+    """JSON schema (draft 7) of all values."""
+    application = AppConfig.model_json_schema(ref_template="#/definitions/{model}")
+    definitions = application["$defs"]
+    engine = EngineConfig.model_json_schema(ref_template="#/definitions/{model}")
+    for name in ENGINE_ELSEWHERE:
+        del engine["properties"][name]
+    engine.pop("required", None)
+    definitions["Engine"] = engine
+    definitions.update(engine.pop("$defs", {}))
+    bounds = {"anyOf": [{"type": "integer", "minimum": 0}, {"$ref": "#/definitions/ReplicaRange"}]}
+
+    root = infer(values, "", comments)
+    root["properties"]["engine"] = {"$ref": "#/definitions/Engine"}
+    pool = definitions["PoolConfig"]
+    # What becomes a Kubernetes label and name.
+    pool["properties"]["name"]["pattern"] = "^[a-z0-9]([a-z0-9-]*[a-z0-9])?$"
+    pool["properties"]["name"]["maxLength"] = 30
+    pool["properties"]["replicas"] = bounds
+    pool["properties"]["worker"] = infer(values["pools"][0]["worker"], "pools.worker", comments)
+    pool["required"] = ["name"]
+    root["properties"]["pools"] = {"type": "array", "minItems": 1, "items": {"$ref": "#/definitions/PoolConfig"}}
+    root["properties"]["frontend"]["properties"]["replicas"] = bounds
+    root["properties"]["config"] = {
+        "type": "object",
+        "additionalProperties": False,
+        "properties": {
+            name: value for name, value in application["properties"].items() if name not in APPLICATION_ELSEWHERE
+        },
+    }
+    root["properties"]["global"] = {"type": "object"}  # Helm's own, for charts that have this one as a part
+    root["definitions"] = dict(sorted(definitions.items()))
+    return {"$schema": "http://json-schema.org/draft-07/schema#", **without_defaults(root)}
+
+
+def infer(value: Any, path: str, comments: dict[str, str]) -> dict[str, Any]:
+    """The schema of what looks like this default."""
+    result: dict[str, Any] = {}
+    if comments.get(path):
+        result["description"] = comments[path]
+    if isinstance(value, dict):
+        result["type"] = "object"
+        if value and path.rpartition(".")[2] not in OPEN:
+            result["additionalProperties"] = False
+            result["properties"] = {
+                key: infer(item, f"{path}.{key}" if path else key, comments) for key, item in value.items()
+            }
+    elif isinstance(value, list):
+        result["type"] = "array"
+    elif isinstance(value, bool):
+        result["type"] = "boolean"
+    elif isinstance(value, (int, float)):
+        result |= {"type": "integer" if isinstance(value, int) else "number", "minimum": 0}
+        if path in LEAST:
+            result |= {"type": "number", "exclusiveMinimum": 0}
+    else:
+        result["type"] = "string"
+        if path in CHOICES:
+            result["enum"] = CHOICES[path]
+        if path in PATTERNS:
+            result["pattern"] = PATTERNS[path]
+    return result
+
+
+def without_defaults(node: Any) -> Any:
+    """The same without pydantic's titles and defaults, which would only make the file longer."""
+    if isinstance(node, list):
+        return [without_defaults(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    return {
+        key: {name: without_defaults(item) for name, item in value.items()}
+        if key in ("properties", "definitions")
+        else without_defaults(value)
+        for key, value in node.items()
+        if key not in ("title", "default")
+    }
+
+
+def readme(values: dict[str, Any], comments: dict[str, str]) -> str:
+    """The chart's README: what it makes, and a table of all values."""
+    lines = [HEAD, "| value | default | what it is |", "|---|---|---|"]
+    for path, comment in comments.items():
+        if not comment:
+            continue
+        node: Any = values
+        for key in path.split("."):
+            node = node[0] if isinstance(node, list) else node
+            node = node[key]
+        default = json.dumps(node).replace("|", "\\|")
+        shown = path.replace("pools.", "pools[].")
+        lines.append(f"| `{shown}` | `{default}` | {comment} |")
+    return "\n".join(lines) + "\n"
+
+
+HEAD = """\
+# Dibit's Helm chart
+
+Makes a KubeRay `RayService` that serves one model from one or more pools of GPUs, with everything around it: a service
+for clients, network policy, disruption budgets, alerts and a dashboard. It needs Kubernetes 1.30 or newer and the
+KubeRay operator 1.7.
+
+```sh
+helm install kuberay-operator kuberay/kuberay-operator --version 1.7.0      # once for each cluster
+helm install dibit helm/dibit --values helm/dibit/values-h20-single.yaml \\
+  --set image.repository=registry.example.com/dibit
+helm test dibit                                                             # asks for one completion
+```
+
+Presets: `values-h20-single.yaml`, `values-a100-tp4.yaml`, `values-h20-a100-pools.yaml`, and `values-cpu-demo.yaml` for
+a first try without a GPU. An unknown key is an error that names it. This page and `values.schema.json` are written by
+`python helm/generate.py` from `values.yaml`; options in snake_case are those of `serve_config.yaml`.
+"""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
