@@ -1,0 +1,78 @@
+"""From a plan to the files that start it: a serve_config.yaml, or values for the Helm chart."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import yaml
+
+from engine.config import EngineConfig
+from engine.errors import ConfigError
+from engine.planning.advice import Offer
+
+Target = Literal["serve-config", "helm-values"]
+DEFAULTS = EngineConfig(model="")
+
+
+def emit(target: Target, offer: Offer, *, model: str, engine: EngineConfig, command: str) -> str:
+    """The file's text.
+
+    Args:
+        target: which file.
+        offer: the engines to start.
+        model: folder or repository of the weights.
+        engine: the engine options that the plan was made with.
+        command: how to make the file again, for its first line.
+
+    Raises:
+        ConfigError: the card has no name by which Ray finds it.
+    """
+    card, fit = offer.fit.card, offer.fit
+    if card.accelerator_type is None:
+        raise ConfigError(
+            f"{card.name!r} has no name that Ray knows; name a GPU of the table, or write the file by hand"
+        )
+    options: dict[str, Any] = {"max_model_len": fit.demand.context}
+    for name in ("gpu_memory_utilization", "max_num_seqs", "max_num_batched_tokens", "enforce_eager"):
+        if getattr(engine, name) != getattr(DEFAULTS, name):
+            options[name] = getattr(engine, name)
+    if fit.demand.kv_dtype == "int8":
+        options["kv_cache_dtype"] = "int8"
+    pool = {
+        "name": card.accelerator_type.lower(),
+        "accelerator_type": card.accelerator_type,
+        "tensor_parallel_size": fit.tensor_parallel_size,
+        "replicas": {"min": offer.engines, "max": offer.engines},
+    }
+    engines = f"{offer.engines} engine(s) of {fit.tensor_parallel_size}"
+    head = f"# Written by: {command}\n# {offer.cards} x {card.name}: {engines}.\n"
+    made = _serve_config(model, options, pool) if target == "serve-config" else _helm_values(model, options, pool)
+    return head + yaml.safe_dump(made, sort_keys=False)
+
+
+def _serve_config(model: str, options: dict[str, Any], pool: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "proxy_location": "EveryNode",
+        "http_options": {"host": "127.0.0.1", "port": 8000},
+        "applications": [
+            {
+                "name": "dibit",
+                "route_prefix": "/",
+                "import_path": "deployments.app:build",
+                "args": {"model": model, "engine": options, "pools": [pool]},
+            }
+        ],
+    }
+
+
+def _helm_values(model: str, options: dict[str, Any], pool: dict[str, Any]) -> dict[str, Any]:
+    gpus = pool["tensor_parallel_size"]
+    worker = {
+        "gpus": gpus,
+        "resources": {
+            "requests": {"cpu": str(max(8, 4 * gpus)), "memory": f"{max(64, 32 * gpus)}Gi"},
+            "limits": {"memory": f"{max(192, 64 * gpus)}Gi"},
+        },
+        "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
+    }
+    return {"model": {"path": model}, "engine": options, "pools": [{**pool, "worker": worker}]}
