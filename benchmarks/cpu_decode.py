@@ -1,16 +1,18 @@
 """Packed weights on a CPU: kernels against torch's dense products and against decoding in every step, and a model.
 
-    python benchmarks/cpu_decode.py [kernels] [threshold] [model] [--threads 1,2] [--rounds 7] [--llama-bench PROGRAM]
+    python benchmarks/cpu_decode.py [kernels] [threshold] [attention] [model] [--threads 1,2] [--rounds 7]
+        [--llama-bench PROGRAM --gguf FILE]
 
 "kernels" times `ops.linear` with packed weights of every format, torch's fp32 and bf16 products, and the reference path
 (decode, then multiply, in every step), interleaved round by round; a ratio is taken within a round. Each way goes
 through copies of its weights larger together than the last level of cache, as a model's layers do.
 "threshold" compares packed with dense for small matrices that stay in the cache.
+"attention" times decode attention of 32 sequences at 1K context against gathering the pages and torch's attention.
 "model" decodes and prefills an ERNIE-4.5 MoE of random bytes (`benchmarks.random_ernie`) through the executor. With
---llama-bench and --gguf, a llama.cpp program and a model of the same shape in Q2_K, it takes turns with that.
+--llama-bench and --gguf, llama.cpp's program and a model of the same shape (`benchmarks.gguf_file`; docs/llama.cpp.md),
+it takes turns with that, and ratios are taken within a turn.
 
-Read the spread with the median. Where other work is on the same cores, threads of GCC's OpenMP runtime wait for each
-other by spinning, in torch's operations as in ours, and cost milliseconds each; OMP_WAIT_POLICY=passive avoids that.
+Read the spread with the median, and the load of the machine, which is written down with it.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -44,6 +47,7 @@ from kernels.reference import dequantize
 SHAPES = ((2048, 5632), (4096, 4096))
 BATCHES = (1, 4, 16, 64)
 CACHE_BYTES = 64 << 20
+DEFAULT = ["kernels", "attention", "model"]
 Timed = Callable[[int], Any]
 
 
@@ -171,61 +175,133 @@ def one_step(start: int, count: int, vocab_size: int, block_size: int) -> StepIn
     )
 
 
+PROMPT, ANSWER = 128, 32
+"""Tokens of the prompt, and tokens decoded after it."""
+
+
 def measure_model(folder: Path, config: ModelConfig, threads: list[int], options: argparse.Namespace) -> dict[str, Any]:
-    """Prefill of 128 tokens, then 32 decoded after them, for each number of threads in turn."""
-    prompt, answer = 128, 32
+    """Prefill, then decode after it, for each number of threads in turn, and the peer after each."""
     engine = EngineConfig(model=str(folder), device="cpu", max_model_len=1024, max_num_seqs=1, num_threads=1)
     began = time.perf_counter()
     executor = Executor.start_local(engine, config)
     loading = time.perf_counter() - began
-    rates: dict[str, dict[str, list[float]]] = {}
-    peer: dict[str, list[Any]] = {}
+    turns: dict[int, list[dict[str, float]]] = {count: [] for count in threads}
+    peer: dict[str, Any] = {}
     try:
         executor.execute(one_step(0, 8, config.vocab_size, executor.block_size))
         for r in range(options.rounds + 1):
             for count in threads:
                 torch.set_num_threads(count)  # the worker sets its own in its first step only
-                began = time.perf_counter()
-                executor.execute(one_step(0, prompt, config.vocab_size, executor.block_size))
-                prefilled = time.perf_counter()
-                for i in range(answer):
-                    executor.execute(one_step(prompt + i, 1, config.vocab_size, executor.block_size))
-                decoded = time.perf_counter()
+                turn = our_turn(executor, config.vocab_size)
+                if options.llama_bench:
+                    peer = llama(options, count)
+                    for kind in ("prefill", "decode"):
+                        turn[f"llama.cpp {kind}"] = peer[kind]
+                        turn[f"{kind} / llama.cpp {kind}"] = turn[kind] / peer[kind]
+                turn["load"] = os.getloadavg()[0]
                 if r:
-                    rate = rates.setdefault(str(count), {"prefill": [], "decode": []})
-                    rate["prefill"].append(prompt / (prefilled - began))
-                    rate["decode"].append(answer / (decoded - prefilled))
-                    if options.llama_bench:
-                        peer.setdefault(str(count), []).append(llama(options, prompt, answer, count))
+                    turns[count].append(turn)
+                    print(count, turn, flush=True)
     finally:
         executor.shutdown()
-    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    return {
+    parameters, size = random_ernie.parameters(config), folder_bytes(folder)
+    result = {
         "shape": random_ernie.SHAPE,
+        "parameters": parameters,
         "bytes": size,
+        "bits_per_weight": round(8 * size / parameters, 3),
         "loading_seconds": round(loading, 1),
         "tokens_per_second_by_threads": {
-            count: {kind: report.spread(values, 2) for kind, values in rate.items()} for count, rate in rates.items()
+            count: {kind: report.spread([turn[kind] for turn in values], 3) for kind in values[0]}
+            for count, values in turns.items()
         },
-        "llama_bench_by_threads": peer,
     }
+    if peer:
+        result["llama.cpp"] = peer["model"]
+    return result
 
 
-def llama(options: argparse.Namespace, prompt: int, answer: int, threads: int) -> Any:
-    """What llama-bench says of the peer's model, once."""
-    command = [options.llama_bench, "-m", options.gguf, "-t", str(threads), "-r", "1", "-o", "json"]
-    done = subprocess.run([*command, "-p", str(prompt), "-n", str(answer)], capture_output=True, text=True, check=True)
-    return [{"prompt": t["n_prompt"], "generated": t["n_gen"], "rate": t["avg_ts"]} for t in json.loads(done.stdout)]
+def our_turn(executor: Executor, vocab_size: int) -> dict[str, float]:
+    """Tokens a second."""
+    began = time.perf_counter()
+    executor.execute(one_step(0, PROMPT, vocab_size, executor.block_size))
+    prefilled = time.perf_counter()
+    for i in range(ANSWER):
+        executor.execute(one_step(PROMPT + i, 1, vocab_size, executor.block_size))
+    return {"prefill": PROMPT / (prefilled - began), "decode": ANSWER / (time.perf_counter() - prefilled)}
+
+
+def folder_bytes(folder: Path) -> int:
+    """Of the weights."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def llama(options: argparse.Namespace, threads: int) -> dict[str, Any]:
+    """What llama-bench says of the peer's model, once, after a warm-up of its own."""
+    tests = {"prefill": ["-p", str(PROMPT), "-n", "0"], "decode": ["-p", "0", "-n", str(ANSWER), "-d", str(PROMPT)]}
+    result: dict[str, Any] = {}
+    for kind, arguments in tests.items():
+        command = [options.llama_bench, "-m", options.gguf, "-t", str(threads), "-r", "1", "-o", "json", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        (test,) = json.loads(done.stdout)
+        result[kind] = test["avg_ts"]
+        result["model"] = {
+            "type": test["model_type"],
+            "bytes": test["model_size"],
+            "parameters": test["model_n_params"],
+            "bits_per_weight": round(8 * test["model_size"] / test["model_n_params"], 3),
+            "build": f"{test['build_number']} ({test['build_commit']})",
+        }
+    return result
+
+
+def measure_attention(rounds: int) -> list[dict[str, Any]]:
+    """Decode attention of 32 sequences at 1K context, 12 heads over 4 kv heads of 128."""
+    requests, context, kv_heads, heads, head_dim, block_size = 32, 1024, 4, 12, 128, 16
+    per = context // block_size
+    pages = torch.randn(2, requests * per, block_size, kv_heads, head_dim)
+    cache, q = ops.LayerCache(*pages), torch.randn(requests, heads, head_dim)
+    arrays = (
+        np.random.default_rng(0).permutation(requests * per).astype(np.int32).reshape(requests, per),
+        np.arange(requests + 1, dtype=np.int32),
+        np.full(requests, context, dtype=np.int32),
+    )
+    metadata = ops.attention_metadata(*arrays, block_size=block_size, dtype=torch.float32, device=q.device)
+    blocks = torch.from_numpy(arrays[0].astype(np.int64)).flatten()
+
+    def gathered(_: int) -> Tensor:
+        k, v = (
+            p.index_select(0, blocks).view(requests, context, kv_heads, head_dim).transpose(1, 2) for p in pages
+        )  # fmt: skip
+        return F.scaled_dot_product_attention(q.view(requests, kv_heads, -1, head_dim), k, v)
+
+    ways: dict[str, tuple[Timed, int]] = {
+        "compiled": (lambda _: ops.paged_attention(q, cache, metadata, scale=head_dim**-0.5), 3),
+        "gathered": (gathered, 3),
+    }
+    times = interleaved(ways, rounds)
+    ratios = [b / a for a, b in zip(times["compiled"], times["gathered"], strict=True)]
+    result = {
+        "requests": requests,
+        "context": context,
+        "milliseconds": {name: report.spread([1e3 * t for t in values], 2) for name, values in times.items()},
+        "times as fast as gathered": report.spread(ratios, 2),
+    }
+    print(json.dumps(result), flush=True)
+    return [result]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=["kernels", "threshold", "model"], default=["kernels", "model"])
+    parser.add_argument("parts", nargs="*", choices=["kernels", "threshold", "attention", "model"], default=DEFAULT)
     parser.add_argument("--threads", default="1,2", help="of the model, in turns; kernels use the first")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--dense", choices=random_ernie.DENSE, default="wint8", help="format of what is no expert")
     parser.add_argument("--llama-bench", help="llama.cpp's program of that name")
     parser.add_argument("--gguf", help="its model")
     options = parser.parse_args()
+    if bool(options.llama_bench) != bool(options.gguf):
+        parser.error("--llama-bench and --gguf go together")
     threads = [int(count) for count in options.threads.split(",")]
     torch.manual_seed(0)
     torch.set_num_threads(threads[0])
@@ -234,12 +310,14 @@ def main() -> None:
     with torch.inference_mode():
         if "kernels" in options.parts:
             result["kernels"] = measure_kernels(options.rounds)
+        if "attention" in options.parts:
+            result["attention"] = measure_attention(options.rounds)
         if "threshold" in options.parts:
             result["threshold"] = measure_threshold(options.rounds)
     if "model" in options.parts:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model"
-            result["model"] = measure_model(path, random_ernie.write(path), threads, options)
+            result["model"] = measure_model(path, random_ernie.write(path, options.dense), threads, options)
             print(json.dumps(result["model"], indent=2), flush=True)
     print(report.write("cpu-decode", result))
 

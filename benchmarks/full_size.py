@@ -13,7 +13,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.memory_plan import Plan, plan
+from benchmarks.memory_plan import SPARE_BYTES, USABLE_BYTES, Plan, plan
 from benchmarks.random_weights import RandomWeights
 from benchmarks.report import context, percentile, write
 from benchmarks.scales import MODELS, Layout, layout
@@ -38,7 +38,7 @@ BLOCK_SIZE = 16
 BATCHES = {"300b": (1, 8, 32, 64), "21b": (1, 8, 32, 64), "tiny": (1, 2)}
 CONTEXTS = {"300b": (1024, 32768), "21b": (1024, 32768), "tiny": (16, 64)}
 WARM_UP = 3
-SPARE_BYTES = 2 * 10**9
+ROOM_BYTES = 2 * 10**9
 """Left to activations, graphs and torch's allocator when the cache is sized."""
 
 
@@ -51,15 +51,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--contexts", type=int, nargs="+")
     parser.add_argument("--steps", type=int, default=30, help="measured steps of each batch and context")
     parser.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs")
-    parser.add_argument("--column-codebooks", action="store_true", help="WINT2: a codebook for each column")
+    parser.add_argument(
+        "--codebooks",
+        choices=("one", "columns"),
+        help="of a WINT2 matrix: one, as `dibit quantize` writes, or one a column, as Baidu's files may have; "
+        "default: columns in baidu, one in tight",
+    )
     parser.add_argument("--plan-only", action="store_true", help="print the memory plan and end")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--write", action="store_true", help="keep the result in benchmarks/results/")
     options = parser.parse_args(arguments)
     model = MODELS[options.scale]
     chosen = layout(options.layout, model)
+    if options.codebooks is not None:
+        chosen = replace(chosen, one_codebook=options.codebooks == "one")
     dtype = torch.float32 if options.device == "cpu" else torch.bfloat16
-    planned = plan(model, chosen.formats, head=chosen.head, kv_dtype=chosen.kv_dtype or torch.bfloat16)
+    planned = plan(
+        model,
+        chosen.formats,
+        embeddings=chosen.embeddings,
+        kv_dtype=chosen.kv_dtype or torch.bfloat16,
+        one_codebook=chosen.one_codebook,
+    )
     if options.plan_only:
         _show_plan(planned, options)
         return
@@ -92,11 +105,17 @@ def _run(
         chosen.formats,
         device=device,
         dtype=dtype,
-        head=chosen.head,
-        one_codebook=not options.column_codebooks,
+        one_codebook=chosen.one_codebook,
     )
     with torch.inference_mode():
-        decoder = build_model(model, weights, TensorParallelGroup(0, 1), dtype=dtype, device=device)
+        decoder = build_model(
+            model,
+            weights,
+            TensorParallelGroup(0, 1),
+            dtype=dtype,
+            device=device,
+            quantize_embeddings=chosen.embeddings,
+        )
     kv_dtype = chosen.kv_dtype or dtype
     block_bytes = kv_cache.block_bytes(model, model.num_key_value_heads, block_size=BLOCK_SIZE, dtype=kv_dtype)
     batches = options.batches or BATCHES[options.scale]
@@ -184,7 +203,7 @@ def _room(device: torch.device, block_bytes: int) -> int:
         return 4096
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(device)
-    return max(0, free - SPARE_BYTES) // block_bytes
+    return max(0, free - ROOM_BYTES) // block_bytes
 
 
 def _memory(device: torch.device) -> dict[str, int]:
@@ -223,17 +242,33 @@ def _show_plan(planned: Plan, options: argparse.Namespace) -> None:
         for c in options.contexts or CONTEXTS[options.scale]
         for b in batches
     }
+    tokens = planned.cache_tokens(USABLE_BYTES, SPARE_BYTES)
+    record = asdict(planned)
+    del record["model"]
+    result = context(["torch"]) | {"scale": options.scale, "layout": options.layout} | record
+    result |= {
+        "weights": planned.weights,
+        "read_bytes": reads,
+        "usable_bytes": USABLE_BYTES,
+        "spare_bytes": SPARE_BYTES,
+        "cache_tokens": tokens,
+    }
+    if options.write:
+        print(write("memory-plan", result), file=sys.stderr)
     if options.json:
-        record = asdict(planned)
-        del record["model"]
-        print(json.dumps(record | {"weights": planned.weights, "read_bytes": reads}, indent=2))
+        print(json.dumps(result, indent=2))
         return
     table = Table("part", "GB", title=f"{options.scale}, {options.layout}: {planned.weights / 1e9:.2f} GB of weights")
     for part, size in planned.parts.items():
         table.add_row(part, f"{size / 1e9:.3f}")
     console = Console(highlight=False)
     console.print(table)
-    console.print(f"A token of KV cache takes {planned.token:,} bytes. A decode step reads:")
+    console.print(
+        f"A token of KV cache takes {planned.token:,} bytes. One card of 80 GB ({USABLE_BYTES / 1e9:.1f} GB usable, "
+        f"{SPARE_BYTES / 1e9:.1f} GB for activations and graphs) "
+        + (f"has room for {tokens:,} tokens." if tokens > 0 else "is too small.")
+    )
+    console.print("A decode step reads:")
     for name, size in reads.items():
         console.print(f"  {name}: {size / 1e9:.2f} GB")
 

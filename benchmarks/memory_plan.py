@@ -12,8 +12,16 @@ from engine.config import ModelConfig
 from engine.quantization.bf16 import Bf16
 from engine.quantization.config import QuantizationConfig
 from engine.quantization.format import WeightFormat
+from engine.quantization.vocabulary import QuantizeEmbeddings, table_bytes
+from engine.quantization.wint2 import Wint2
 from kernels.cache import token_bytes
 
+USABLE_BYTES = 84_000_000_000
+"""What a process can have of a card of 80 GB (81,559 MiB of an H100 by nvidia-smi, less CUDA's own)."""
+SPARE_BYTES = 1_500_000_000
+"""For activations and CUDA graphs."""
+CODEBOOK_BYTES = 8
+"""Of a column of WINT2 with a codebook of its own."""
 ITEM_BYTES = {"U8": 1, "I8": 1, "BF16": 2, "F16": 2, "F32": 4, "I32": 4}
 """By safetensors' names."""
 
@@ -48,15 +56,35 @@ class Plan:
         dense = self.weights - self.experts - self.unread
         return dense + touched * self.experts + batch * context * self.token
 
+    def cache_tokens(self, usable: int, spare: int) -> int:
+        """Tokens of KV cache that fit into `usable` bytes beside the weights and `spare`; negative if those do not."""
+        return (usable - spare - self.weights) // self.token
 
-def plan(model: ModelConfig, formats: QuantizationConfig, *, head: WeightFormat, kv_dtype: torch.dtype) -> Plan:
-    """The bytes of `model` in `formats` on one GPU; the logits' projection in `head` unless it is the embedding."""
+
+def plan(
+    model: ModelConfig,
+    formats: QuantizationConfig,
+    *,
+    embeddings: QuantizeEmbeddings | None,
+    kv_dtype: torch.dtype,
+    one_codebook: bool,
+) -> Plan:
+    """The bytes of `model` on one GPU.
+
+    Args:
+        model: for its shapes.
+        formats: of the layers.
+        embeddings: of token embedding and head; None for bf16.
+        kv_dtype: of keys and values.
+        one_codebook: WINT2 experts have one each, as `dibit quantize` makes them: a GPU then keeps none for the columns
+            (`kernels.gpu.pack`).
+    """
     hidden, heads, kv_heads = model.hidden_size, model.num_attention_heads, model.num_key_value_heads
     parts: dict[str, int] = defaultdict(int)
-    table = model.vocab_size * hidden * 2
-    parts["embedding, bf16"] = table
+    table = table_bytes(model.vocab_size, hidden, embeddings)
+    parts[f"embedding, {embeddings or 'bf16'}"] = table
     if not model.tie_word_embeddings:
-        parts[f"head, {head.name}"] = matrix_bytes(head, hidden, model.vocab_size)
+        parts[f"head, {embeddings or 'bf16'}"] = table
     parts["norms, bf16"] = (2 * model.num_hidden_layers + 1) * hidden * 2
     experts = 0
     for layer in range(model.num_hidden_layers):
@@ -72,6 +100,8 @@ def plan(model: ModelConfig, formats: QuantizationConfig, *, head: WeightFormat,
         parts["router, fp32"] += (hidden + 1) * moe.num_experts * 4
         routed = formats.format("experts", layer)
         size = moe.num_experts * _mlp(routed, hidden, moe.intermediate_size)
+        if one_codebook and isinstance(routed, Wint2):
+            size -= CODEBOOK_BYTES * moe.num_experts * (2 * moe.intermediate_size + hidden)
         parts[f"experts, {routed.name}"] += size
         experts += size
         if moe.num_shared_experts:

@@ -15,6 +15,7 @@ from engine.config import ModelConfig
 from engine.quantization.config import QuantizationConfig
 from engine.quantization.format import WeightFormat
 from engine.quantization.wint2 import Wint2
+from engine.quantization.wint4 import Wint4
 from engine.quantization.wint8 import Wint8
 
 SHAPE = {
@@ -34,9 +35,13 @@ SHAPE = {
 """ERNIE-4.5-21B-A3B made narrower and shallower, with a small vocabulary: its embedding and head are not quantized."""
 
 
-def config_json() -> dict[str, Any]:
+DENSE: dict[str, WeightFormat] = {"wint8": Wint8(), "wint4": Wint4(), "wint2": Wint2(row_order="permuted")}
+"""Formats for attention, shared experts and the dense layer; Baidu's 2-bit models have wint8."""
+
+
+def config_json(dense: str = "wint8") -> dict[str, Any]:
     """The config.json."""
-    formats = QuantizationConfig.of(dense=Wint8(), experts=Wint2(row_order="permuted"))
+    formats = QuantizationConfig.of(dense=DENSE[dense], experts=Wint2(row_order="permuted"))
     return {
         "architectures": ["Ernie4_5_MoeForCausalLM"],
         **SHAPE,
@@ -51,10 +56,20 @@ def config_json() -> dict[str, Any]:
     }
 
 
-def write(folder: Path) -> ModelConfig:
+def parameters(config: ModelConfig) -> int:
+    """Weights of the model, the embedding that is its head too counted once."""
+    hidden, count = config.hidden_size, config.vocab_size * config.hidden_size + config.hidden_size
+    for layer in range(config.num_hidden_layers):
+        count += 2 * hidden + sum(matrix.k * matrix.n for matrix in layer_matrices(config, layer))
+        if config.moe is not None and config.is_moe_layer(layer):
+            count += hidden * config.moe.num_experts
+    return count
+
+
+def write(folder: Path, dense: str = "wint8") -> ModelConfig:
     """Write the model folder (no tokenizer: it is for the executor alone); returns its config."""
     generator = torch.Generator().manual_seed(0)
-    config = ModelConfig.from_json(config_json())
+    config = ModelConfig.from_json(config_json(dense))
     formats = QuantizationConfig.from_json(config.quantization)
     with FolderWriter(folder) as writer:
 
@@ -73,7 +88,7 @@ def write(folder: Path) -> ModelConfig:
             for matrix in layer_matrices(config, layer):
                 for suffix, tensor in _tensors(formats.format(matrix.part, layer), matrix, generator).items():
                     add(f"{matrix.module}.{suffix}", tensor)
-        writer.write_json("config.json", config_json())
+        writer.write_json("config.json", config_json(dense))
         writer.commit()
     return config
 

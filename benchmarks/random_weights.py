@@ -84,7 +84,6 @@ class RandomWeights:
         formats: of every part.
         device: compute device.
         dtype: compute dtype.
-        head: format of the logits' projection; None for bf16.
         one_codebook: see `random_weight`.
     """
 
@@ -95,14 +94,12 @@ class RandomWeights:
         *,
         device: torch.device,
         dtype: torch.dtype,
-        head: WeightFormat | None = None,
         one_codebook: bool = True,
     ) -> None:
         self._model = model
         self._formats = formats
         self._device = device
         self._dtype = dtype
-        self._head = head or Bf16()
         self._one_codebook = one_codebook
         torch.manual_seed(0)
         self._table = torch.randn(model.vocab_size, model.hidden_size, dtype=dtype, device=device)
@@ -113,7 +110,7 @@ class RandomWeights:
     def head(self) -> Weight:
         if self._model.tie_word_embeddings:
             return DenseWeight(self._table)
-        return self._matrix(self._head, self._model.hidden_size, self._model.vocab_size)
+        return self._matrix(Bf16(), self._model.hidden_size, self._model.vocab_size)
 
     def norm(self, name: str) -> Tensor:
         return torch.ones(self._model.hidden_size, dtype=self._dtype, device=self._device)

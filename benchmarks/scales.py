@@ -8,9 +8,8 @@ from typing import Any
 import torch
 
 from engine.config import ModelConfig, MoeConfig
-from engine.quantization.bf16 import Bf16
 from engine.quantization.config import QuantizationConfig, Rule
-from engine.quantization.format import WeightFormat
+from engine.quantization.vocabulary import QuantizeEmbeddings
 from engine.quantization.wint2 import Wint2
 from engine.quantization.wint4 import Wint4
 from engine.quantization.wint8 import Wint8
@@ -47,30 +46,33 @@ MODELS = {
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Formats of every part. The embedding table is bf16.
+    """Formats of every part.
 
     Attributes:
         formats: of the layers.
-        head: of the logits' projection.
+        embeddings: of token embedding and logits' projection; None for bf16.
         kv_dtype: of keys and values; None for the compute dtype.
+        one_codebook: every WINT2 matrix has one for all its columns, as `dibit quantize` writes them.
     """
 
     formats: QuantizationConfig
-    head: WeightFormat
+    embeddings: QuantizeEmbeddings | None
     kv_dtype: torch.dtype | None
+    one_codebook: bool
 
 
 def layout(name: str, model: ModelConfig) -> Layout:
     """ "baidu" as in ERNIE-4.5-300B-A47B-2Bits-Paddle, or "tight", for one card of 80 GB.
 
-    "baidu": WINT8, and experts in WINT4 in the first four MoE layers (3 to 6 of the 300B), then in WINT2; the head is
-    bf16. "tight": experts in WINT2, all else in WINT4, the head too; int8 keys and values.
+    "baidu": WINT8, and experts in WINT4 in the first four MoE layers (3 to 6 of the 300B), then in WINT2; embedding and
+    head are bf16. "tight": experts in WINT2, all else in WINT4, embedding and head in grouped int4; int8 keys and
+    values.
     """
     wint2 = Wint2("plain")
     if name == "tight":
-        return Layout(QuantizationConfig.of(dense=Wint4(), experts=wint2), Wint4(), torch.int8)
+        return Layout(QuantizationConfig.of(dense=Wint4(), experts=wint2), "int4", torch.int8, one_codebook=True)
     if name != "baidu":
         raise ValueError(f"layout {name!r}; there are baidu and tight")
     last = min(model.moe.layer_start_index + 3 if model.moe else 0, model.num_hidden_layers - 2)
     experts = (Rule("experts", Wint4(), 0, last), Rule("experts", wint2, last + 1))
-    return Layout(QuantizationConfig.of(dense=Wint8(), experts=experts), Bf16(), None)
+    return Layout(QuantizationConfig.of(dense=Wint8(), experts=experts), None, None, one_codebook=False)

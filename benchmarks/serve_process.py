@@ -32,6 +32,32 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def haproxy_environment(folder: Path) -> dict[str, str]:
+    """What Serve reads to run HAProxy, beside other servers and for a short life.
+
+    Its files and ports are fixed otherwise. It ends with connections open for two minutes, and replicas that drain
+    wait for half a minute, which would be most of a benchmark.
+    """
+    own = folder / "haproxy"
+    return {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(own / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(own / "admin.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(own),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(own / "server-state"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(own / "metrics.sock"),
+        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "2",
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+    }
+
+
+def _hear_ctrl_c() -> None:
+    """A shell ignores Ctrl-C in what it runs in the background, and so would whatever is started from there."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class ServeProcess:
     """A server on a generated configuration, from :meth:`__enter__` until Ctrl-C in :meth:`__exit__`.
 
@@ -40,7 +66,10 @@ class ServeProcess:
         folder: where the configuration and the log are written.
         program: the start of the command line, which the configuration's path ends.
         environment: variables added to this process's own.
-        seconds: longest wait for the application to be healthy.
+        seconds: longest wait for the applications to be healthy.
+        import_path: where the application is built.
+        beside: other applications of the same server, as ``applications`` of a Serve configuration has them.
+        haproxy: put HAProxy in the place of Serve's own proxy.
     """
 
     def __init__(
@@ -51,18 +80,22 @@ class ServeProcess:
         program: Sequence[str] | None = None,
         environment: dict[str, str] | None = None,
         seconds: float = 300.0,
+        import_path: str = IMPORT_PATH,
+        beside: Sequence[dict[str, Any]] = (),
+        haproxy: bool = False,
     ) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = folder / "serve.log"
         self._seconds = seconds
         self._program = program or [str(Path(sys.executable).with_name("serve")), "run"]
-        application = {"name": "dibit", "route_prefix": "/", "import_path": IMPORT_PATH, "args": args}
+        application = {"name": "dibit", "route_prefix": "/", "import_path": import_path, "args": args}
         config = {
             "proxy_location": "HeadOnly",
             "http_options": {"host": "127.0.0.1", "port": self.port},
-            "applications": [application],
+            "applications": [application, *beside],
         }
+        self._health = ["/health", *(f"{other['route_prefix']}/health" for other in beside)]
         self._config = folder / "serve_config.yaml"
         self._config.write_text(yaml.safe_dump(config), encoding="utf-8")
         # RAY_ADDRESS=local: a cluster of its own, whatever else runs on this machine.
@@ -73,6 +106,7 @@ class ServeProcess:
             "RAY_ADDRESS": "local",
             "PYTHONPATH": str(ROOT),
             "PYTHONUNBUFFERED": "1",
+            **(haproxy_environment(folder) if haproxy else {}),
             **(environment or {}),
         }
         self.process: subprocess.Popen[bytes] | None = None
@@ -87,10 +121,7 @@ class ServeProcess:
         self.stop()
 
     def stop(self, seconds: float = 150.0) -> int:
-        """Press Ctrl-C and wait; returns the exit code. A process that doesn't end is killed, and that is an error.
-
-        HAProxy may take two minutes to let go of its connections (``RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S``).
-        """
+        """Press Ctrl-C and wait; returns the exit code. A process that doesn't end is killed, and that is an error."""
         if self.process is None:
             return 0
         if self.process.poll() is None:
@@ -98,19 +129,43 @@ class ServeProcess:
             try:
                 self.process.wait(seconds)
             except subprocess.TimeoutExpired:
-                os.killpg(self.process.pid, signal.SIGKILL)
-                self.process.wait()
+                self.kill()
                 raise RuntimeError(f"the server did not end on Ctrl-C; its log ends with:\n{self.tail()}") from None
         return self.process.returncode
 
-    def processes(self) -> list[str]:
-        """Command lines of all living processes that descend from this server, whoever their parent is now."""
-        found = []
+    def kill(self) -> None:
+        """End every process of this server now."""
+        for pid in self.pids():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        if self.process is not None:
+            self.process.wait()
+
+    def pids(self) -> dict[int, str]:
+        """All living processes that descend from this server, whoever their parent is now, with their command lines."""
+        found = {}
         for folder in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):  # gone meanwhile, or somebody else's
                 if self._mark.encode() in (folder / "environ").read_bytes().split(b"\0"):
-                    found.append((folder / "cmdline").read_text(errors="replace").replace("\0", " ").strip())
+                    command = (folder / "cmdline").read_text(errors="replace").replace("\0", " ").strip()
+                    found[int(folder.name)] = command
         return found
+
+    def remaining(self, seconds: float = 20.0) -> list[str]:
+        """What is left of a server that has ended: processes that don't end within some seconds, which are killed.
+
+        Raylet, dashboard and their like end a moment after the one that started them.
+        """
+        deadline = time.monotonic() + seconds
+        while (left := self.processes()) and time.monotonic() < deadline:
+            time.sleep(0.1)  # processes that are ending give no signal to one that is not their parent
+        if left:
+            self.kill()
+        return left
+
+    def processes(self) -> list[str]:
+        """The command lines of :meth:`pids`."""
+        return list(self.pids().values())
 
     def tail(self, lines: int = 40) -> str:
         """The end of the log."""
@@ -120,7 +175,13 @@ class ServeProcess:
         command = [*self._program, str(self._config)]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                command, cwd=ROOT, env=self._environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                command,
+                cwd=ROOT,
+                env=self._environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=_hear_ctrl_c,  # noqa: PLW1509  # one system call, which takes no lock
             )
         try:
             self._wait_until_healthy()
@@ -132,13 +193,16 @@ class ServeProcess:
 
     def _wait_until_healthy(self) -> None:
         deadline = time.monotonic() + self._seconds
+        waiting = list(self._health)
         while time.monotonic() < deadline:
             if self.process is None or self.process.poll() is not None:
                 raise RuntimeError(f"the server ended early; its log ends with:\n{self.tail()}")
             try:
-                with urllib.request.urlopen(f"{self.url}/health", timeout=30) as response:
+                with urllib.request.urlopen(f"{self.url}{waiting[0]}", timeout=30) as response:
                     if response.status == 200:
-                        return
+                        waiting.pop(0)
             except OSError:
                 time.sleep(0.2)  # there is nothing to wait on but the port
+            if not waiting:
+                return
         raise RuntimeError(f"not healthy after {self._seconds:.0f} s; the log ends with:\n{self.tail()}")

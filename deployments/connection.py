@@ -14,31 +14,47 @@ from ray.exceptions import RayError
 from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentResponseGenerator
 
 from deployments.directory import EngineAddress
-from deployments.router import Candidate, Unseen
-from deployments.token_stream import Demultiplexer, Inbox
+from deployments.token_stream import Demultiplexer, Inbox, Item
 from engine.errors import EngineDeadError
 from engine.messages import EngineLoad, EngineRequest
 
 UNREAD_ITEMS = 8
 """Items the engine sends ahead of the reader; beyond that it merges steps."""
 
-LEASE_AFTER_S = 0.1
-"""Age at which a request gets its lease. Opening one is work for three processes, just when the first token is due; and
-a request that is over sooner needs none."""
+LEASE_AFTER_S = 1.0
+"""Age at which a request gets its lease. Opening and ending one is work for three processes, more than all else that a
+request costs: not while a burst's first tokens are due, and not for a request that is over soon. What drains before
+then goes on elsewhere, as after a failure."""
 
-_Lease = asyncio.TimerHandle | DeploymentResponse[Any] | DeploymentResponseGenerator[Any]
-"""A lease, or the timer that will open it; both can be cancelled."""
+SILENCE_S = 3.0
+"""Silence after which the engine's process is asked whether it is there. An idle engine says something every second;
+one that computes a long step doesn't, but its process answers."""
+
+UNREACHABLE_S = 15.0
+"""Time for that answer: a node that lost its power says nothing, and Ray itself takes longer to miss it."""
+
+LOOK_TWICE_S = 0.5
+
+Lease = DeploymentResponse[Any] | DeploymentResponseGenerator[Any]
+"""A call of ``EngineReplica.lease`` under way."""
 
 
 class EngineConnection:
     """The stream from an engine, and the requests under way on it.
 
-    Requests and aborts of one turn of the event loop travel in one actor call each. The lease, by which Serve sees a
-    request, is opened when the request has lasted a while, and cancelled when it ends.
+    Requests travel in one actor call at a time: those that come while one is under way go with the next, as Nagle's
+    algorithm (RFC 896) has it, so a burst makes few calls and a single request doesn't wait. The lease, by which Serve
+    sees a request, is opened when the request has lasted a while, and cancelled when it ends.
     """
 
     def __init__(
-        self, address: EngineAddress, leases: DeploymentHandle[Any], *, ingress_id: str, on_open: Callable[[], None]
+        self,
+        address: EngineAddress,
+        leases: DeploymentHandle[Any],
+        *,
+        ingress_id: str,
+        on_item: Callable[[EngineConnection, Item], None],
+        suspect: bool = False,
     ) -> None:
         """Make the connection; :meth:`run` opens it.
 
@@ -46,24 +62,37 @@ class EngineConnection:
             address: where the engine is.
             leases: handle of ``EngineReplica.lease``.
             ingress_id: name of this ingress process, the same on all its connections.
-            on_open: called once, when the engine has answered for the first time.
+            on_item: called with all that is heard, before the requests get their tokens.
+            suspect: the engine made no progress when it was last seen. It has to show some to be used: the first item
+                of a stream says nothing about that, the second does.
         """
         self.address = address
-        self._on_open = on_open
+        self._on_item = on_item
         self.retired = False
         """Set when Serve has taken the replica out: it finishes what it has and gets nothing new."""
+        self.stalled = False
+        """Set when it was left because it made no progress."""
+        self.came_up = False
+        """For the owner to note that it has been ready."""
         self._lease_handle = leases
         self._ingress_id = ingress_id
         self._shard: ActorHandle[Any] | None = None
         self._load: EngineLoad | None = None
-        self._unseen = Unseen()
-        self._heard_at = 0.0
+        self._heard_at = time.monotonic()
+        self._items_needed = 2 if suspect else 1
         self._failure: EngineDeadError | None = None
-        self._requests = Demultiplexer(self._note_load)
-        self._leases: dict[str, _Lease] = {}
+        self._failed = asyncio.Event()
+        self._requests = Demultiplexer(self._note)
+        self._leases: dict[str, Lease | asyncio.TimerHandle] = {}
         self._to_submit: list[EngineRequest] = []
         self._to_abort: list[str] = []
+        self._flushing = False
+        self._submitting = False
         self._calls: set[asyncio.Task[None]] = set()
+
+    def __len__(self) -> int:
+        """Requests under way here."""
+        return len(self._requests)
 
     @property
     def load(self) -> EngineLoad | None:
@@ -73,34 +102,33 @@ class EngineConnection:
     @property
     def ready(self) -> bool:
         """Whether new requests may be sent here."""
-        return self._load is not None and self._failure is None and not self.retired
+        return self._items_needed <= 0 and self._failure is None and not self.retired
 
     @property
-    def healthy(self) -> bool:
-        """Whether the engine takes requests and showed a sign of life within its limit."""
-        return self.ready and time.monotonic() - self._heard_at < self.address.stalled_after_s
-
-    def as_candidate(self, load: EngineLoad) -> Candidate:
-        """This engine for the router."""
-        return Candidate(self.address.replica_id, load, unseen=len(self._unseen), in_flight=len(self._requests))
+    def silent_s(self) -> float:
+        """Seconds since the engine was last heard."""
+        return time.monotonic() - self._heard_at
 
     async def run(self) -> None:
         """Read the engine's stream until it ends; then every request under way gets an :class:`EngineDeadError`."""
-        ended = "closed its stream"
+        reading = asyncio.ensure_future(self._read())
+        watching = asyncio.ensure_future(self._watch())
+        failing = asyncio.ensure_future(self._failed.wait())
+        ended = "was left"
         try:
-            await self._read()
-        except RayError as error:
-            ended = f"failed: {_first_line(error)}"
-        except ValueError as error:  # ray.get_actor: no actor of that name
-            ended = f"is gone: {error}"
+            await asyncio.wait((reading, watching, failing), return_when=asyncio.FIRST_COMPLETED)
+            if not failing.done():
+                ended = watching.result() if watching.done() else reading.result()
         except asyncio.CancelledError:
             ended = "was left: the ingress shuts down"
             raise
         finally:
             self._fail(EngineDeadError(f"engine {self.address.replica_id} {ended}"))
+            for task in (reading, watching, failing):
+                task.cancel()
 
     def submit(self, request: EngineRequest) -> Inbox:
-        """Send a request with the others of this turn; its tokens come through the inbox.
+        """Send a request with others; its tokens come through the inbox.
 
         Raises:
             EngineDeadError: the engine is gone.
@@ -108,7 +136,6 @@ class EngineConnection:
         if self._failure is not None:
             raise self._failure
         inbox = self._requests.open(request.request_id)
-        self._unseen.add()
         self._to_submit.append(request)
         self._schedule_flush()
         return inbox
@@ -122,9 +149,13 @@ class EngineConnection:
             self._to_abort.append(request_id)
             self._schedule_flush()
 
-    async def _read(self) -> None:
-        # A blocking call to Ray's directory of actors, so not on the event loop.
-        shard = await asyncio.to_thread(ray.get_actor, self.address.actor_name, self.address.namespace)
+    async def _read(self) -> str:
+        """Pass the stream on; why it ended, in words."""
+        try:
+            # A blocking call to Ray's directory of actors, so not on the event loop.
+            shard = await asyncio.to_thread(ray.get_actor, self.address.actor_name, self.address.namespace)
+        except ValueError as error:  # no actor of that name
+            return f"is gone: {error}"
         self._shard = shard
         # The tether is an object of ours that never comes to be. If this process dies, the engine hears of it by the
         # loss of the object's owner: Ray cancels neither a dead caller's stream nor anything else it left running.
@@ -135,31 +166,56 @@ class EngineConnection:
         try:
             async for item in stream:
                 self._requests.deliver(await item)
+        except RayError as error:
+            return f"failed: {_first_line(error)}"
         finally:
             for call in (stream, tether):
                 ray.cancel(call)
+        return "closed its stream"
 
-    def _note_load(self, load: EngineLoad) -> None:
-        is_first = self._load is None
-        self._load = load
+    async def _watch(self) -> str:
+        """Wait until the engine has been silent for too long, or can't be reached; which of them, in words."""
+        limit = self.address.stalled_after_s
+        while True:
+            await asyncio.sleep(max(0.0, min(limit - self.silent_s, SILENCE_S)))
+            if self.silent_s >= limit and await self._still_silent(limit):
+                self.stalled = True
+                return f"has made no progress for {self.silent_s:.0f} s"
+            if self.silent_s < SILENCE_S or self._shard is None:
+                continue
+            answer = asyncio.ensure_future(_answer(self._shard.is_there.remote()))
+            done, _ = await asyncio.wait([answer], timeout=max(0.0, min(UNREACHABLE_S, limit - self.silent_s)))
+            answer.cancel()
+            if not done and self.silent_s >= UNREACHABLE_S and await self._still_silent(UNREACHABLE_S):
+                return f"can't be reached; nothing was heard of it for {self.silent_s:.0f} s"
+
+    async def _still_silent(self, limit: float) -> bool:
+        """Look twice: if it was this event loop that stood still, what has come meanwhile is read first."""
+        await asyncio.sleep(LOOK_TWICE_S)
+        return self.silent_s >= limit
+
+    def _note(self, item: Item) -> None:
+        self._items_needed -= 1
+        self._load = item.load
         self._heard_at = time.monotonic()
-        self._unseen.update(load)
-        if is_first:
-            self._on_open()
+        self._on_item(self, item)
 
     def _schedule_flush(self) -> None:
-        if len(self._to_submit) + len(self._to_abort) == 1:
+        if not self._flushing and not self._submitting:
+            self._flushing = True
             # In an empty context: these calls carry the requests of many HTTP clients, and Ray cancels every actor call
             # made in the context of a client that leaves (ray issue 52476).
             asyncio.get_running_loop().call_soon(self._flush, context=contextvars.Context())
 
     def _flush(self) -> None:
+        self._flushing = False
         submitted, self._to_submit = self._to_submit, []
         aborted, self._to_abort = self._to_abort, []
         if self._shard is None or self._failure is not None:
             return
         if submitted:
-            self._call(self._shard.submit.remote(self._ingress_id, submitted))
+            self._submitting = True
+            self._call(self._shard.submit.remote(self._ingress_id, submitted)).add_done_callback(self._submitted)
         if aborted:
             self._call(self._shard.abort.remote(aborted))
         loop = asyncio.get_running_loop()
@@ -171,10 +227,16 @@ class EngineConnection:
             request_id, ingress_id=self._ingress_id, replica_id=self.address.replica_id
         )
 
-    def _call(self, reply: Any) -> None:
+    def _call(self, reply: Any) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(self._expect(reply))
         self._calls.add(task)
         task.add_done_callback(self._calls.discard)
+        return task
+
+    def _submitted(self, _: asyncio.Task[None]) -> None:
+        self._submitting = False
+        if self._to_submit or self._to_abort:
+            self._schedule_flush()
 
     async def _expect(self, reply: Any) -> None:
         try:
@@ -185,7 +247,16 @@ class EngineConnection:
     def _fail(self, failure: EngineDeadError) -> None:
         if self._failure is None:
             self._failure = failure
+            self._failed.set()
             self._requests.fail(failure)
+
+
+async def _answer(reply: Any) -> None:
+    """Wait for the answer to a call; that it failed is an answer as well, of which the stream tells more."""
+    try:
+        await reply
+    except RayError:
+        return
 
 
 def _first_line(error: Exception) -> str:

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from deployments.routing import Replica
+
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
@@ -16,20 +18,35 @@ class ModelInfo:
     """Folder with config.json and tokenizer, the same on all nodes, or repository: see ``hub.resolve_model``."""
     served_model_name: str
     max_model_len: int
-    block_size: int
+    """Longest sequence that some pool takes."""
     created: int
     """Unix time in seconds."""
 
 
 @dataclass(frozen=True, slots=True)
 class EngineAddress:
-    """Where an engine is found: the named Ray actor that is its shard 0."""
+    """Where an engine is found, the named Ray actor that is its shard 0, and what it can hold."""
 
-    replica_id: str
+    spec: Replica
+    model_path: str
+    """Of its weights; requests move between engines of equal ones without a trace."""
+    identity: str
+    """Digest of architecture and vocabulary, see ``deployments.identity``."""
     actor_name: str
     namespace: str
     stalled_after_s: float
-    info: ModelInfo
+    start_seconds: float
+    """How long it took to start."""
+
+    @property
+    def replica_id(self) -> str:
+        """Serve's name of the replica."""
+        return self.spec.replica_id
+
+    @property
+    def pool(self) -> str:
+        """Name of its pool."""
+        return self.spec.pool
 
     def to_metadata(self) -> dict[str, Any]:
         """Plain values, as Serve's ``record_replica_metadata`` wants them."""
@@ -38,11 +55,11 @@ class EngineAddress:
     @classmethod
     def from_metadata(cls, metadata: dict[str, Any]) -> EngineAddress:
         """Inverse of :meth:`to_metadata`."""
-        return cls(**{**metadata, "info": ModelInfo(**metadata["info"])})
+        return cls(**{**metadata, "spec": Replica(**metadata["spec"])})
 
 
 class ReplicaDirectory:
-    """Tells an event loop about the set of engines, first when subscribed and then whenever it changes."""
+    """Tells an event loop about the engines of one pool, first when subscribed and then whenever they change."""
 
     def __init__(self, on_change: Callable[[list[EngineAddress]], None]) -> None:
         self._loop = asyncio.get_running_loop()

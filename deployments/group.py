@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import signal
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -17,6 +20,7 @@ from deployments.config import PoolConfig
 from deployments.shard import EngineInfo, Shard
 from engine.config import EngineConfig
 from engine.errors import DibitError, EngineDeadError
+from engine.messages import EngineLoad
 
 logger = logging.getLogger("ray.serve")
 
@@ -30,16 +34,20 @@ class ShardGroup:
     The actors are not detached: Ray ends them when this process ends, whatever ends it.
     """
 
+    shard: type[Shard] = Shard
+    """What is started. A benchmark's group has a subclass here, whose engine only keeps time."""
+
     def __init__(self, config: EngineConfig, pool: PoolConfig, *, name: str) -> None:
         """Create the actors; bundle ``rank + 1`` of the placement group is for each (bundle 0 holds this process)."""
         self.namespace: str = ray.get_runtime_context().namespace
         self._name = name
         self._shards: list[ActorHandle[Any]] = []
         self._watches: list[asyncio.Future[None]] = []
+        self._whereabouts: list[tuple[str, int]] = []
         placement_group = get_current_placement_group()
         if placement_group is None:
             raise RuntimeError("an EngineReplica needs placement_group_bundles, see deployments.placement")
-        actor: Any = ray.remote(Shard)
+        actor: Any = ray.remote(self.shard)
         for rank in range(pool.tensor_parallel_size):
             options: dict[str, Any] = {
                 "name": self.actor_name(rank),
@@ -85,6 +93,7 @@ class ShardGroup:
             raise EngineDeadError(f"a rank died while the model was loading: {error}") from None
 
     async def _start(self, served_model_name: str) -> EngineInfo:
+        self._whereabouts = await asyncio.gather(*(shard.whereabouts.remote() for shard in self._shards))
         meeting = await self._shards[0].meeting.remote() if len(self._shards) > 1 else None
         await asyncio.gather(*(shard.load.remote(meeting, served_model_name) for shard in self._shards))
         infos: list[EngineInfo] = await asyncio.gather(*(shard.join.remote(meeting) for shard in self._shards))
@@ -94,6 +103,18 @@ class ShardGroup:
         """End all shards now."""
         for watch in self._watches:
             watch.cancel()
+        for shard in self._shards:
+            ray.kill(shard)
+
+    def kill_hard(self) -> None:
+        """End all shards now, whatever they hang in: those of this node with SIGKILL, which needs no answer of theirs.
+
+        Those of other nodes are killed by Ray there.
+        """
+        for node_id, pid in self._whereabouts:
+            if node_id == ray.get_runtime_context().get_node_id():
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         for shard in self._shards:
             ray.kill(shard)
 
@@ -111,6 +132,11 @@ class ShardGroup:
     async def seconds_since_progress(self) -> float:
         """Seconds since the engine finished a step or showed a heartbeat."""
         return float(await self._shards[0].seconds_since_progress.remote())
+
+    async def load(self) -> EngineLoad:
+        """The engine's load after its last step."""
+        load: EngineLoad = await self._shards[0].load_now.remote()
+        return load
 
     async def departures(self) -> AsyncGenerator[str, None]:
         """Ids of ingresses that are gone, as shard 0 notices."""

@@ -8,13 +8,17 @@ from typing import Any
 
 from ray import serve
 from ray.serve.handle import DeploymentHandle
-from starlette.applications import Starlette
+from starlette.types import ASGIApp
 
+from deployments.access.config import AccessConfig
 from deployments.announce import announce
-from deployments.client import EngineClient
+from deployments.client import ClientOptions, EngineClient
+from deployments.observability.config import ObservabilityConfig
+from deployments.observability.seeing import Seeing
 from deployments.openai.app import create_app
-from deployments.openai.http import MAX_BODY_BYTES
+from deployments.page import PAGE_PATHS
 from engine.checkpoint.hub import resolve_model
+from engine.sampling_params import default_sampling
 from engine.tokenizer import Tokenizer
 
 logger = logging.getLogger("ray.serve")
@@ -29,29 +33,60 @@ class Ingress:
     """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, engines: DeploymentHandle[Any], *, max_body_bytes: int = MAX_BODY_BYTES
+        self,
+        pools: dict[str, DeploymentHandle[Any]],
+        options: ClientOptions,
+        *,
+        access: AccessConfig,
+        observability: ObservabilityConfig,
+        tool_call_parser: str | None = None,
     ) -> None:
-        """Wait for the first engine, then load its tokenizer.
+        """Load the tokenizer, and wait for the first engine if there has to be one.
 
         Args:
-            engines: handle of the EngineReplica deployment, bound by :func:`deployments.app.build`.
-            max_body_bytes: largest request body that is read; more is answered with 413.
+            pools: handles of the pools' deployments by name, bound by :func:`deployments.app.build`.
+            options: what is served, and how.
+            access: keys, limits and logs.
+            observability: metrics, page and traces.
+            tool_call_parser: how the model writes tool calls, where its chat template doesn't tell.
         """
-        self._client = EngineClient(engines)
-        await self._client.start()
-        folder = await asyncio.to_thread(resolve_model, self._client.info.model_path, weights=False)
+        folder = await asyncio.to_thread(resolve_model, options.info.model_path, weights=False)
         self._tokenizer = Tokenizer.from_folder(folder)
-        self._max_body_bytes = max_body_bytes
+        self._sampling_defaults = default_sampling(folder)
+        self._access = access
+        self._tool_call_parser = tool_call_parser
+        context = serve.get_replica_context()
+        self._seeing = Seeing(
+            observability,
+            application=context.app_name,
+            ingress=context.replica_id.unique_id,
+            pools=list(pools),
+        )
+        self._client = EngineClient(pools, options, observer=self._seeing.observer)
+        await self._client.start()
+        self._seeing.start(self._client)
         await self._announce()
 
-    def __serve_build_asgi_app__(self) -> Starlette:
+    def __serve_build_asgi_app__(self) -> ASGIApp:
         """Make the ASGI app; Serve calls this once, after the constructor, and runs its lifespan."""
-        return create_app(
+        app = create_app(
             self._client,
             tokenizer=self._tokenizer,
-            max_body_bytes=self._max_body_bytes,
-            on_shutdown=self._client.close,
+            access=self._access,
+            sampling_defaults=self._sampling_defaults,
+            tool_call_parser=self._tool_call_parser,
+            routes=self._seeing.routes(self._client),
+            public_paths=PAGE_PATHS,
+            observer=self._seeing.observer,
+            processes=lambda: serve.get_replica_context().world_size or 1,
+            answer_request_id=False,  # Serve's own middleware does
+            on_shutdown=self._close,
         )
+        return self._seeing.around(app)
+
+    async def _close(self) -> None:
+        await self._client.close()
+        await self._seeing.close()
 
     async def _announce(self) -> None:
         try:

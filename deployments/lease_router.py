@@ -41,7 +41,7 @@ class LeaseRouter(RequestRouter):
         """Rank the replicas for one lease: the one named by ``replica_id``, and only that one.
 
         If it is gone, another gets the lease and turns it down at once, which ends it; nothing else would, as Serve
-        keeps on routing what has no replica.
+        keeps on routing what has no replica. So does the lease of a request that called for the first engine of a pool.
 
         A call with a :class:`ReplicaDirectory` is no lease but a subscription: what is passed to
         ``handle.choose_replica`` comes here by reference, and there is no other public way from a handle to its router.

@@ -16,6 +16,7 @@ from engine.errors import EngineDeadError
 from engine.execution.executor import Executor
 from engine.loop import EngineLoop
 from engine.messages import EngineLoad, EngineRequest, StepOutput, TokenDelta
+from engine.structured.compiler import GrammarCompiler
 from engine.tokenizer import Tokenizer
 
 STALLED_AFTER_S = 60.0
@@ -57,6 +58,7 @@ class LocalEngine:
             executor,
             used_vocab_size=min(tokenizer.used_vocab_size, model.vocab_size),
             eos_token_ids={*tokenizer.eos_token_ids, *model.eos_token_ids},
+            grammars=GrammarCompiler.of(tokenizer, vocab_size=model.vocab_size),
         )
         self.info = LocalModel(
             served_model_name=served_model_name or Path(config.model).name,

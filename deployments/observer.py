@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextvars import ContextVar
+
 from deployments.directory import EngineAddress
 from engine.messages import EngineLoad, EngineRequest
+
+SPAN: ContextVar[object | None] = ContextVar("span", default=None)
+"""The trace of the HTTP request that is being served, if it is traced. The observer finds it here, as all it hears of a
+request is called in the context of the task that serves it."""
 
 
 class Observer:
@@ -36,3 +43,49 @@ class Observer:
 
     def ignored_fields(self, count: int) -> None:
         """A request body had so many fields that nobody here knows."""
+
+
+class Observers(Observer):
+    """Tells several observers."""
+
+    def __init__(self, observers: Sequence[Observer]) -> None:
+        self._observers = tuple(observers)
+
+    def routed(
+        self, request: EngineRequest, engine: EngineAddress, *, predicted_ttft_s: float, cached_tokens: int
+    ) -> None:
+        """See :class:`Observer`."""
+        for observer in self._observers:
+            observer.routed(request, engine, predicted_ttft_s=predicted_ttft_s, cached_tokens=cached_tokens)
+
+    def refused(self, reason: str) -> None:
+        """See :class:`Observer`."""
+        for observer in self._observers:
+            observer.refused(reason)
+
+    def first_token(self, engine: EngineAddress, *, ttft_s: float, predicted_ttft_s: float, queued_s: float) -> None:
+        """See :class:`Observer`."""
+        for observer in self._observers:
+            observer.first_token(engine, ttft_s=ttft_s, predicted_ttft_s=predicted_ttft_s, queued_s=queued_s)
+
+    def finished(
+        self, request: EngineRequest, engine: EngineAddress, *, reason: str, e2e_s: float, ttft_s: float, tokens: int
+    ) -> None:
+        """See :class:`Observer`."""
+        for observer in self._observers:
+            observer.finished(request, engine, reason=reason, e2e_s=e2e_s, ttft_s=ttft_s, tokens=tokens)
+
+    def failed_over(self, engine: EngineAddress) -> None:
+        """See :class:`Observer`."""
+        for observer in self._observers:
+            observer.failed_over(engine)
+
+    def loaded(self, engine: EngineAddress, load: EngineLoad) -> None:
+        """See :class:`Observer`."""
+        for observer in self._observers:
+            observer.loaded(engine, load)
+
+    def ignored_fields(self, count: int) -> None:
+        """See :class:`Observer`."""
+        for observer in self._observers:
+            observer.ignored_fields(count)

@@ -5,14 +5,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
 from typing import Any
 
 from ray import serve
+from ray.exceptions import RayError
 
 from deployments.config import PoolConfig
-from deployments.directory import EngineAddress, ModelInfo
+from deployments.directory import EngineAddress
 from deployments.group import ShardGroup
+from deployments.routing import Replica
 from deployments.shard import EngineInfo
+from deployments.speed import Speed
 from engine.config import EngineConfig
 from engine.errors import EngineDeadError
 
@@ -29,8 +33,11 @@ class EngineReplica:
     :meth:`lease`.
     """
 
+    group: type[ShardGroup] = ShardGroup
+    """See :attr:`ShardGroup.shard`."""
+
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, config: EngineConfig, pool: PoolConfig, *, served_model_name: str, created: int, stalled_after_s: float
+        self, config: EngineConfig, pool: PoolConfig, *, served_model_name: str, stalled_after_s: float
     ) -> None:
         """Start the engine and wait until the model is loaded.
 
@@ -38,29 +45,35 @@ class EngineReplica:
             config: of the engine; ``model`` is a folder on every node.
             pool: what to run it on.
             served_model_name: what clients call the model.
-            created: Unix time in seconds to tell clients.
             stalled_after_s: seconds without progress after which the engine counts as dead.
         """
         context = serve.get_replica_context()
         self._replica_id = context.replica_id.unique_id
         self._stalled_after_s = stalled_after_s
         self._listeners: dict[str, asyncio.Event] = {}  # by ingress id; set when the ingress is gone
+        self._speed = Speed()
+        started = time.monotonic()
         self._group, info = await self._start(config, pool, served_model_name)
         self._address = EngineAddress(
-            replica_id=self._replica_id,
+            spec=Replica(
+                replica_id=self._replica_id,
+                pool=pool.name,
+                max_model_len=info.max_model_len,
+                block_size=info.block_size,
+                total_blocks=info.num_kv_blocks,
+                max_num_seqs=config.max_num_seqs,
+                max_num_batched_tokens=config.max_num_batched_tokens,
+            ),
+            model_path=config.model,
+            identity=info.identity,
             actor_name=self._group.actor_name(0),
             namespace=self._group.namespace,
             stalled_after_s=stalled_after_s,
-            info=ModelInfo(
-                model_path=config.model,
-                served_model_name=served_model_name,
-                max_model_len=info.max_model_len,
-                block_size=info.block_size,
-                created=created,
-            ),
+            start_seconds=time.monotonic() - started,
         )
         self._tasks = [
             asyncio.create_task(self._share_fate()),
+            asyncio.create_task(self._watch_progress()),
             asyncio.create_task(self._end_leases_of_the_departed()),
         ]
 
@@ -75,17 +88,12 @@ class EngineReplica:
         """Read by Serve once the replica is up, and pushed to every handle's request router."""
         return self._address.to_metadata()
 
-    async def check_health(self) -> None:
-        """Called by Serve every ``health.check_period_s``.
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Read by Serve at each ``metrics_interval_s`` and given to the pool's autoscaling policy."""
+        return self._speed.stats(await self._group.load(), now=time.monotonic())
 
-        Raises:
-            RuntimeError: the engine has shown no progress for too long. Serve replaces the replica then.
-        """
-        idle = await self._group.seconds_since_progress()
-        if idle > self._stalled_after_s:
-            raise RuntimeError(
-                f"the engine has not finished a step for {idle:.0f} s (limit {self._stalled_after_s:.0f} s)"
-            )
+    async def check_health(self) -> None:
+        """Called by Serve every ``health.check_period_s``; :meth:`_watch_progress` knows sooner."""
 
     async def _start(
         self, config: EngineConfig, pool: PoolConfig, served_model_name: str
@@ -94,7 +102,7 @@ class EngineReplica:
         app_name = serve.get_replica_context().app_name
         attempt = 1
         while True:
-            group = ShardGroup(config, pool, name=f"{app_name}-{pool.name}-{self._replica_id}-{attempt}")
+            group = self.group(config, pool, name=f"{app_name}-{pool.name}-{self._replica_id}-{attempt}")
             try:
                 return group, await group.start(served_model_name)
             except EngineDeadError as error:
@@ -109,8 +117,25 @@ class EngineReplica:
 
     async def _share_fate(self) -> None:
         """End this process at once when a shard fails; Ray ends the other shards with it, and Serve replaces it."""
-        reason = await self._group.failure()
+        self._end(await self._group.failure())
+
+    async def _watch_progress(self) -> None:
+        """End when the engine has made no step and shown no heartbeat for too long."""
+        limit = self._stalled_after_s
+        while True:
+            await asyncio.sleep(limit / 10)
+            try:
+                silent_s = await asyncio.wait_for(self._group.seconds_since_progress(), limit)
+            except TimeoutError:
+                silent_s = limit
+            except RayError:
+                continue  # the shard is gone, of which _share_fate hears
+            if silent_s >= limit:
+                self._end(f"the engine has made no progress for {silent_s:.0f} s (limit {limit:g} s)")
+
+    def _end(self, reason: str) -> None:
         logger.error("Engine %s stops: %s", self._replica_id, reason)
+        self._group.kill_hard()
         # Not an exception: Serve would notice at its next health checks, up to three periods later.
         os._exit(1)
 

@@ -15,6 +15,7 @@ import ray
 from ray import ObjectRef
 from ray.exceptions import RayError
 
+from deployments.identity import ModelIdentity
 from deployments.progress import LoadingProgress, log_to_stderr
 from deployments.token_stream import Fanout, Outbox
 from engine.checkpoint.hub import resolve_model
@@ -27,7 +28,8 @@ from engine.execution.follower import follow
 from engine.execution.parallel import free_address
 from engine.execution.worker import Worker
 from engine.loop import EngineLoop
-from engine.messages import EngineRequest
+from engine.messages import EngineLoad, EngineRequest
+from engine.structured.compiler import GrammarCompiler
 from engine.tokenizer import Tokenizer
 
 logger = logging.getLogger("deployments.shard")
@@ -50,6 +52,8 @@ class EngineInfo:
     max_model_len: int
     block_size: int
     num_kv_blocks: int
+    identity: str
+    """Of the model, see ``deployments.identity``."""
 
 
 class Shard:
@@ -177,6 +181,31 @@ class Shard:
         engine, _ = self._running()
         return time.monotonic() - engine.last_progress
 
+    async def load_now(self) -> EngineLoad:
+        """Shard 0: the engine's load after its last step."""
+        _, fanout = self._running()
+        return fanout.load
+
+    async def check(self) -> EngineLoad:
+        """Shard 0: check the engine's books between two steps, see :meth:`EngineCore.check`; its load then.
+
+        Raises:
+            RuntimeError: an invariant doesn't hold.
+        """
+        engine, _ = self._running()
+        return await asyncio.wrap_future(engine.call(_checked))
+
+    async def whereabouts(self) -> tuple[str, int]:
+        """The node and the process that this rank is in."""
+        return ray.get_runtime_context().get_node_id(), os.getpid()
+
+    async def is_there(self) -> None:
+        """Answers, which tells that the process is alive."""
+
+    async def expert_load(self) -> dict[int, list[int]] | None:
+        """By MoE layer, the tokens that each routed expert has had so far; None where nobody counts them."""
+        return None if self._worker is None else await asyncio.to_thread(self._worker.expert_load)
+
     def _loaded(self) -> Worker:
         if self._worker is None:
             raise EngineDeadError(f"rank {self._rank} was asked to join before it had loaded")
@@ -191,11 +220,17 @@ class Shard:
             executor,
             used_vocab_size=tokenizer.used_vocab_size,
             eos_token_ids=tokenizer.eos_token_ids,
+            grammars=GrammarCompiler.of(tokenizer, vocab_size=worker.model.vocab_size),
         )
         self._fanout = Fanout(self._loop, core.load())
         self._engine = EngineLoop(core, on_step=self._fanout.publish, on_error=self._fail_from_thread)
         self._engine.start()
-        return EngineInfo(executor.max_model_len, executor.block_size, executor.num_kv_blocks)
+        return EngineInfo(
+            executor.max_model_len,
+            executor.block_size,
+            executor.num_kv_blocks,
+            ModelIdentity.of(worker.model, tokenizer).digest,
+        )
 
     def _follow(self, worker: Worker, control: str) -> None:
         """In a thread of its own: do what shard 0 says until it stops."""
@@ -242,6 +277,11 @@ class Shard:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+
+def _checked(core: EngineCore) -> EngineLoad:
+    core.check()
+    return core.load()
 
 
 async def _loss_of(tether: list[ObjectRef[None]]) -> None:

@@ -31,11 +31,17 @@ class Refusal(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Item(msgspec.Struct, frozen=True, array_like=True):
-    """What one ingress is told at once: its new tokens, its refused requests, the engine's load after the last step."""
+    """What one ingress is told at once: its new tokens, its refused requests, the engine's load after the last step.
+
+    ``cached`` and ``evicted`` are the hashes of blocks that can be found, or can't any more, since the item before. In
+    the first item of a stream ``cached`` has all that can be found.
+    """
 
     deltas: list[TokenDelta]
     refused: dict[str, Refusal]
     load: EngineLoad
+    cached: list[bytes]
+    evicted: list[bytes]
 
 
 encode_item = msgspec.msgpack.Encoder().encode
@@ -54,16 +60,19 @@ def merge(first: TokenDelta, second: TokenDelta) -> TokenDelta:
         stop_token_id=second.stop_token_id,
         logprobs=logprobs,
         num_cached_tokens=max(first.num_cached_tokens, second.num_cached_tokens),
+        prompt_logprobs=first.prompt_logprobs if second.prompt_logprobs is None else second.prompt_logprobs,
+        queued_seconds=max(first.queued_seconds, second.queued_seconds),
     )
 
 
 class Outbox:
     """What one ingress has not read yet."""
 
-    def __init__(self, load: EngineLoad) -> None:
+    def __init__(self, load: EngineLoad, cached: Iterable[bytes] = ()) -> None:
         self.request_ids: set[str] = set()
         self._deltas: dict[str, TokenDelta] = {}
         self._refused: dict[str, Refusal] = {}
+        self._blocks: dict[bytes, bool] = dict.fromkeys(cached, True)  # by hash, whether it can be found now
         self._load = load
         self._ready = asyncio.Event()
         self._ready.set()  # the first item says hello, with the load
@@ -85,6 +94,14 @@ class Outbox:
     def refuse(self, request_id: str, refusal: Refusal) -> None:
         """Add a request that can't be served."""
         self._refused[request_id] = refusal
+
+    def note_blocks(self, cached: Iterable[bytes], evicted: Iterable[bytes]) -> None:
+        """Add a step's changes of the prefix cache."""
+        for findable, hashes in ((True, cached), (False, evicted)):
+            for block_hash in hashes:
+                # A hash goes back and forth between two states, so a second change undoes the first.
+                if self._blocks.pop(block_hash, None) is None:
+                    self._blocks[block_hash] = findable
 
     def flush(self, load: EngineLoad) -> None:
         """End a step: wake the reader if there is something to say."""
@@ -120,8 +137,11 @@ class Outbox:
             if self._deltas or self._refused or not closed:
                 deltas, self._deltas = self._deltas, {}
                 refused, self._refused = self._refused, {}
+                blocks, self._blocks = self._blocks, {}
+                cached = [block_hash for block_hash, findable in blocks.items() if findable]
+                evicted = [block_hash for block_hash, findable in blocks.items() if not findable]
                 self._sent_at = time.monotonic()
-                yield encode_item(Item(list(deltas.values()), refused, self._load))
+                yield encode_item(Item(list(deltas.values()), refused, self._load, cached, evicted))
             if closed:
                 if self._failure is not None:
                     raise self._failure
@@ -136,6 +156,7 @@ class Fanout:
         self._load = load
         self._outboxes: dict[str, Outbox] = {}
         self._owners: dict[str, Outbox] = {}  # by request id
+        self._cached: dict[bytes, None] = {}  # hashes of the blocks that can be found, oldest first
 
     @property
     def load(self) -> EngineLoad:
@@ -144,7 +165,7 @@ class Fanout:
 
     def open(self, ingress_id: str) -> Outbox:
         """The outbox of an ingress that begins to listen."""
-        outbox = self._outboxes[ingress_id] = Outbox(self._load)
+        outbox = self._outboxes[ingress_id] = Outbox(self._load, self._cached)
         return outbox
 
     def claim(self, ingress_id: str, requests: Iterable[EngineRequest]) -> None:
@@ -195,7 +216,11 @@ class Fanout:
             if (outbox := self._owners.get(request_id)) is not None:
                 outbox.refuse(request_id, Refusal(str(error), error.field, error.code))
                 self._forget(request_id)
+        self._cached.update(dict.fromkeys(output.cached))
+        for block_hash in output.evicted:
+            self._cached.pop(block_hash, None)
         for outbox in self._outboxes.values():
+            outbox.note_blocks(output.cached, output.evicted)
             outbox.flush(output.load)
 
     def _forget(self, request_id: str) -> None:
@@ -243,8 +268,9 @@ class Inbox:
 class Demultiplexer:
     """Sorts the items of one engine by request."""
 
-    def __init__(self, on_load: Callable[[EngineLoad], None]) -> None:
-        self._on_load = on_load
+    def __init__(self, on_item: Callable[[Item], None]) -> None:
+        """``on_item`` is called with each item before its tokens go to their requests."""
+        self._on_item = on_item
         self._inboxes: dict[str, Inbox] = {}
 
     def __len__(self) -> int:
@@ -268,7 +294,7 @@ class Demultiplexer:
     def deliver(self, encoded: bytes) -> None:
         """Hand one item's tokens and refusals to their requests."""
         item = decode_item(encoded)
-        self._on_load(item.load)
+        self._on_item(item)
         for delta in item.deltas:
             if (inbox := self._inboxes.get(delta.request_id)) is not None:
                 inbox.put(delta)

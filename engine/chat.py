@@ -26,9 +26,11 @@ import jinja2
 import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
+from jinja2 import meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from engine.errors import ConfigError, RequestError
+from engine.tool_prompt import with_tools, without_calls
 
 Message = Mapping[str, Any]
 """``{"role": …, "content": str | [{"type": "text", "text": …}, …]}`` and what else a template reads."""
@@ -67,6 +69,13 @@ class ChatTemplate:
         tool_source: another template for conversations with tools, where the repository has one.
         special_tokens: ``bos_token``, ``eos_token``, … as variables for the template.
 
+    Attributes:
+        source: the Jinja text.
+        special_tokens: as given.
+        tool_source: that for conversations with tools.
+        supports_tools: it reads the variable ``tools``. For one that doesn't, tools, calls and their results are
+            spelled out in ordinary messages (:mod:`engine.tool_prompt`).
+
     Raises:
         ConfigError: the template is not valid Jinja.
     """
@@ -79,11 +88,14 @@ class ChatTemplate:
         special_tokens: Mapping[str, str] | None = None,
     ) -> None:
         self.source = source
-        self._special_tokens = dict(special_tokens or {})
+        self.tool_source = tool_source or source
+        self.special_tokens = dict(special_tokens or {})
         environment = _environment()
         try:
             self._template = None if source is None else environment.from_string(source)
             self._tool_template = environment.from_string(tool_source) if tool_source else self._template
+            self._supports_calls = "tool_calls" in (self.tool_source or "")
+            self.supports_tools = "tools" in meta.find_undeclared_variables(environment.parse(self.tool_source or ""))
         except jinja2.TemplateSyntaxError as error:
             raise ConfigError(f"the chat template is not valid Jinja (line {error.lineno}): {error}") from None
 
@@ -110,7 +122,8 @@ class ChatTemplate:
         Raises:
             RequestError: field "messages": the template refuses them, or a content part is not text.
         """
-        return self._render(normalize(messages), add_generation_prompt=add_generation_prompt, **variables)
+        conversation = self._readable(messages, variables)
+        return self._render(conversation, add_generation_prompt=add_generation_prompt, **variables)
 
     def render_guarded(
         self,
@@ -125,7 +138,7 @@ class ChatTemplate:
         Raises:
             RequestError: as :meth:`render`.
         """
-        conversation = normalize(messages)
+        conversation = self._readable(messages, variables)
         guard = _unused_character([conversation, variables])
         protect = _protector(list(special_names), guard)
         # A role is the template's to compare, and some templates build a special token from it.
@@ -134,6 +147,17 @@ class ChatTemplate:
         ]
         more = {key: _map(value, protect) for key, value in variables.items()}
         return self._render(guarded, add_generation_prompt=add_generation_prompt, **more), guard
+
+    def _readable(self, messages: Sequence[Message], variables: dict[str, Any]) -> list[dict[str, Any]]:
+        """The messages in roles and fields that the template knows; tools that it doesn't read leave ``variables``."""
+        conversation = normalize(messages)
+        if self._template is None:
+            return conversation
+        if not self._supports_calls:
+            conversation = without_calls(conversation)
+        if not self.supports_tools and (tools := variables.pop("tools", None)):
+            conversation = with_tools(conversation, tools)
+        return conversation
 
     def _render(self, messages: list[dict[str, Any]], **variables: Any) -> str:
         template = self._tool_template if variables.get("tools") else self._template
@@ -144,7 +168,7 @@ class ChatTemplate:
                 field="messages",
             )
         try:
-            return template.render(messages=messages, **{**self._special_tokens, **variables})
+            return template.render(messages=messages, **{**self.special_tokens, **variables})
         except _RefusedError as error:
             raise RequestError(f"the model's chat template refuses the messages: {error}", field="messages") from None
         except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:

@@ -146,12 +146,17 @@ class EngineConfig(BaseModel):
     enable_chunked_prefill: bool = True
     quantization: Literal["wint8", "wint4"] | None = None
     """Round an unquantized checkpoint's linears to integers while loading; None takes it as it is."""
+    quantize_embeddings: Literal["int8", "int4"] | None = None
+    """Round token embedding and logits head while loading: "int8" with a scale a token, "int4" with a scale and a zero
+    point for each 128 features (``engine.quantization.vocabulary``); None keeps them in ``dtype``."""
     planes: Literal[2, 3, 4] | None = None
     """How many bit planes to read of a nested checkpoint (``engine.quantization.bitplane``); None reads all."""
     row_order: Literal["auto", "plain", "permuted"] = "auto"
     """Row order of WINT2 weights, where config.json does not say it; "auto" finds out (``engine.row_order``)."""
     row_order_reference: str | None = None
     """A folder with the same model unquantized, from which "auto" can tell the row order at once."""
+    expert_load: bool = False
+    """Count the tokens that go to each routed expert, for the metrics and the page (``engine.execution.experts``)."""
     enforce_eager: bool = False
     """On a GPU, launch every kernel of a decode step by itself instead of replaying a CUDA graph of them all."""
     num_threads: int | None = Field(default=None, ge=1)

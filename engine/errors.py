@@ -34,7 +34,15 @@ class RequestError(DibitError):
 
 
 class EngineDeadError(DibitError):
-    """The engine stopped (a rank died or a step failed); requests under way on it can't go on."""
+    """The engine stopped (a rank died or a step failed), or there is none; requests under way on it can't go on.
+
+    Attributes:
+        retry_after_s: seconds until there may be another one, as far as can be foreseen, or ``None``.
+    """
+
+    def __init__(self, message: str = "", *, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class OverloadedError(DibitError):

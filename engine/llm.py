@@ -21,10 +21,11 @@ from engine.config import EngineConfig, ModelConfig
 from engine.core import EngineCore
 from engine.errors import ConfigError, EngineDeadError, RequestError
 from engine.execution.executor import Executor
-from engine.messages import EngineRequest, TokenDelta
+from engine.messages import EngineRequest, TokenDelta, TokenLogprobs
 from engine.outputs import CompletionOutput, PositionLogprobs, RequestOutput
 from engine.requests import expand
 from engine.sampling_params import SamplingParams
+from engine.structured.compiler import GrammarCompiler
 from engine.text import TextStream
 from engine.tokenizer import Tokenizer
 
@@ -77,12 +78,16 @@ class LLM:
         try:
             self.max_model_len = executor.max_model_len
             self._used_vocab_size = min(self.tokenizer.used_vocab_size, self.model_config.vocab_size)
+            eos_token_ids = {*self.tokenizer.eos_token_ids, *self.model_config.eos_token_ids}
             self._core = EngineCore(
                 self.config,
                 self.model_config,
                 executor,
                 used_vocab_size=self._used_vocab_size,
-                eos_token_ids={*self.tokenizer.eos_token_ids, *self.model_config.eos_token_ids},
+                eos_token_ids=eos_token_ids,
+                grammars=GrammarCompiler.of(
+                    self.tokenizer, eos_token_ids=eos_token_ids, vocab_size=self.model_config.vocab_size
+                ),
             )
         except BaseException:
             executor.shutdown()
@@ -97,7 +102,8 @@ class LLM:
     ) -> list[RequestOutput]:
         """Continue every prompt.
 
-        All prompts are checked before any is run. Choice ``i`` of ``n`` has a seed of its own, derived from the
+        All prompts are checked before any is run (but whether ``structured_outputs`` can be used shows later, and ends
+        them all). Choice ``i`` of ``n`` has a seed of its own, derived from the
         request's seed and ``i`` (:func:`engine.seeds.choice_seed`); choice 0 has the seed itself.
 
         Args:
@@ -193,14 +199,18 @@ class LLM:
                             bars.advance(task)
         finally:
             self._core.abort(list(under_way))
-        return [job.output() for job in jobs]
+        return [job.output(self.tokenizer) for job in jobs]
 
     def _step(self) -> list[TokenDelta]:
         try:
-            return self._core.step().deltas
+            self._core.wait()
+            output = self._core.step()
         except Exception as error:
             self._failure = error
             raise
+        for refusal in output.refused.values():
+            raise refusal
+        return output.deltas
 
     @contextmanager
     def _bars(self, enabled: bool | None = None) -> Iterator[Progress]:
@@ -236,6 +246,7 @@ class _Choice:
     texts: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[PositionLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
     finish_reason: str = ""
     stop_reason: str | int | None = None
     num_cached_tokens: int = 0
@@ -247,6 +258,8 @@ class _Choice:
         self.token_ids += new.token_ids
         self.logprobs += new.logprobs or []
         self.num_cached_tokens = max(self.num_cached_tokens, delta.num_cached_tokens)
+        if delta.prompt_logprobs is not None:
+            self.prompt_logprobs = delta.prompt_logprobs
         if new.finish_reason is None:
             return False
         self.finish_reason, self.stop_reason = new.finish_reason.value, new.stop_reason
@@ -272,13 +285,17 @@ class _Job:
     request_id: str = ""
     choices: list[_Choice] = field(default_factory=list)
 
-    def output(self) -> RequestOutput:
+    def output(self, tokenizer: Tokenizer) -> RequestOutput:
+        prompt_logprobs = self.choices[0].prompt_logprobs
         return RequestOutput(
             request_id=self.request_id,
             prompt=self.prompt,
             prompt_token_ids=self.prompt_token_ids,
             outputs=[choice.output(i) for i, choice in enumerate(self.choices)],
             num_cached_tokens=max(choice.num_cached_tokens for choice in self.choices),
+            prompt_logprobs=None
+            if prompt_logprobs is None
+            else [None if entry is None else PositionLogprobs.of(entry, tokenizer) for entry in prompt_logprobs],
         )
 
 

@@ -6,7 +6,9 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 from engine.core import EngineCore
 from engine.errors import EngineDeadError, RequestError
@@ -14,10 +16,14 @@ from engine.messages import EngineRequest, StepOutput
 
 HEARTBEAT_SECONDS = 1.0
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True, slots=True)
 class _Submit:
     requests: list[EngineRequest]
+    submitted: float
+    """``time.perf_counter()`` then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +32,22 @@ class _Abort:
 
 
 @dataclass(frozen=True, slots=True)
+class _Call:
+    function: Callable[[EngineCore], Any]
+    result: Future[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class _Wake:
+    """There is something to do, which the core knows."""
+
+
+@dataclass(frozen=True, slots=True)
 class _Stop:
     pass
+
+
+_Command = _Submit | _Abort | _Call | _Wake | _Stop
 
 
 class EngineLoop:
@@ -62,11 +82,12 @@ class EngineLoop:
         self._on_step = on_step
         self._on_error = on_error
         self._heartbeat_seconds = heartbeat_seconds
-        self._commands: queue.SimpleQueue[_Submit | _Abort | _Stop] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._refused: dict[str, RequestError] = {}
         self._ended = False
         self._last_progress = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        core.on_ready(lambda: self._commands.put(_Wake()))
 
     @property
     def is_alive(self) -> bool:
@@ -90,21 +111,40 @@ class EngineLoop:
         """
         if self._ended:
             raise EngineDeadError("the engine has stopped; send the request to another one")
-        self._commands.put(_Submit(list(requests)))
+        self._commands.put(_Submit(list(requests), time.perf_counter()))
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """Forget requests before the next step; unknown ids and an ended loop are no error."""
         self._commands.put(_Abort(list(request_ids)))
+
+    def call(self, function: Callable[[EngineCore], T]) -> Future[T]:
+        """Run ``function`` on the core in the engine thread, before the next step; it must be short.
+
+        For whatever must not happen during a step: ``call(lambda core: core.check())``, or a snapshot that the
+        ``cached`` and ``evicted`` of later steps go on from, ``call(EngineCore.cached_blocks)``. The future's own
+        callbacks run in the engine thread too, before the next step: a callback that hands its result over in the way
+        in which ``on_step`` hands over outputs (``call_soon_threadsafe``) keeps the two in order.
+
+        Returns:
+            What it returns or raises; EngineDeadError if the loop ends before (or has ended).
+        """
+        result: Future[T] = Future()
+        self._commands.put(_Call(function, result))
+        if self._ended:  # perhaps before the command was there to be found
+            self._fail_calls()
+        return result
 
     def stop(self) -> None:
         """End the loop after the step under way, and wait for that; requests under way are dropped without a word.
 
         May be called again, before :meth:`start`, and from a callback (which then doesn't wait).
         """
-        self._commands.put(_Stop())
         if self._thread.ident is None:
+            self._ended = True
+            self._fail_calls()
             self._core.shutdown()
-        elif threading.current_thread() is not self._thread:
+        self._commands.put(_Stop())
+        if self._thread.ident is not None and threading.current_thread() is not self._thread:
             self._thread.join()
 
     def _run(self) -> None:
@@ -113,7 +153,7 @@ class EngineLoop:
                 output = self._core.step()
                 self._last_progress = time.monotonic()
                 if self._refused:
-                    output = replace(output, refused=self._refused)
+                    output = replace(output, refused=self._refused | output.refused)
                     self._refused = {}
                 self._on_step(output)
         except BaseException as error:  # nobody above this thread would hear of it
@@ -123,6 +163,7 @@ class EngineLoop:
             self._on_error(failure)
         finally:
             self._ended = True
+            self._fail_calls()
             self._core.shutdown()  # last, as it may take long with ranks that are gone
 
     def _obey(self) -> bool:
@@ -134,17 +175,36 @@ class EngineLoop:
                     return False
                 case _Abort(request_ids):
                     self._core.abort(request_ids)
-                case _Submit(requests):
+                case _Call(function, result):
+                    _carry_out(function, self._core, result)
+                case _Submit(requests, submitted):
                     for request in requests:
                         try:
-                            self._core.add(request)
+                            self._core.add(request, submitted=submitted)
                         except RequestError as error:
                             self._refused[request.request_id] = error
             command = self._next_command(wait=False)
         return True
 
-    def _next_command(self, *, wait: bool) -> _Submit | _Abort | _Stop | None:
+    def _fail_calls(self) -> None:
+        """Fail the calls that nobody will carry out; other commands need no answer."""
+        while (command := self._next_command(wait=False)) is not None:
+            if isinstance(command, _Call) and command.result.set_running_or_notify_cancel():
+                command.result.set_exception(EngineDeadError("the engine has stopped"))
+
+    def _next_command(self, *, wait: bool) -> _Command | None:
         try:
             return self._commands.get(timeout=self._heartbeat_seconds) if wait else self._commands.get_nowait()
         except queue.Empty:
             return None
+
+
+def _carry_out(function: Callable[[EngineCore], Any], core: EngineCore, result: Future[Any]) -> None:
+    if not result.set_running_or_notify_cancel():
+        return
+    try:
+        value = function(core)
+    except Exception as error:
+        result.set_exception(error)
+    else:
+        result.set_result(value)

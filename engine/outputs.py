@@ -72,3 +72,5 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     num_cached_tokens: int = 0
     """Prompt tokens that the prefix cache saved from being computed (the most of any choice)."""
+    prompt_logprobs: list[PositionLogprobs | None] | None = None
+    """One entry for each prompt token, where asked for; None for the first, which follows nothing."""

@@ -21,10 +21,14 @@ from engine.vocabulary import HuggingFaceVocabulary, Vocabulary, load
 END_NAMES = ("</s>", "<|end_of_sentence|>", "<|im_end|>")
 """Tokens that end a turn of ERNIE or Qwen2; whichever a model has are EOS besides those its files name."""
 
+SHOWN_NAMES = ("<think>", "</think>", "<response>", "</response>", "<tool_call>", "</tool_call>")
+"""Tokens that structure an answer. They are text even where a model's files call them special, since whoever tells
+thoughts, calls and answer apart, or makes a grammar of them, must see them."""
+
 
 @dataclass(frozen=True, slots=True)
 class AddedToken:
-    """A token outside the learned pieces. A special one is never made from plain text and never shown."""
+    """A token outside the learned pieces. A special one is never made from plain text, and hardly ever shown."""
 
     content: str
     special: bool
@@ -38,7 +42,7 @@ class Tokenizer:
     Attributes:
         used_vocab_size: one more than the highest id that has a token; the embedding table may be larger (padding).
         eos_token_ids: ids that end a generation.
-        special_ids: ids that add nothing to the text.
+        special_ids: ids of special tokens; all but :data:`SHOWN_NAMES` add nothing to the text.
         chat_template: the repository's, or ERNIE-4.5's own format for a vocabulary of ERNIE's.
     """
 
@@ -56,7 +60,7 @@ class Tokenizer:
         self._bytes = vocabulary.token_bytes + [b""] * (size - len(vocabulary.pieces))
         for id_, token in added.items():
             self._pieces[id_] = token.content
-            self._bytes[id_] = b"" if token.special else token.content.encode()
+            self._bytes[id_] = b"" if token.special and token.content not in SHOWN_NAMES else token.content.encode()
         self._added = dict(added)
         self._added_ids = {token.content: id_ for id_, token in added.items()}
         self._ordinary = _pattern(token for token in added.values() if not token.special)

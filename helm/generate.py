@@ -1,6 +1,7 @@
-"""Writes what follows from ``dibit/values.yaml``: the chart's README and the schema that values are checked against.
+"""Writes what follows from other files: the chart's README and the schema of its values from ``dibit/values.yaml``, and
+its copy of the Grafana dashboard.
 
-    python helm/generate.py            write both
+    python helm/generate.py            write all
     python helm/generate.py --check    only say whether they are up to date
 
 Types come from the defaults, and those of Dibit's own options from the classes that read them, so that the chart
@@ -22,6 +23,8 @@ from deployments.config import AppConfig
 from engine.config import EngineConfig
 
 CHART = Path(__file__).resolve().parent / "dibit"
+DASHBOARD = CHART.parents[1] / "deployments" / "observability" / "grafana" / "dibit.json"
+"""A chart can only hold files of its own folder, so it has a copy."""
 
 CHOICES: dict[str, list[str]] = {
     "image.pullPolicy": ["Always", "IfNotPresent", "Never"],
@@ -77,6 +80,7 @@ def generated() -> dict[str, str]:
     values = yaml.safe_load(source)
     comments = read_comments(source)
     return {
+        "dashboards/dibit.json": DASHBOARD.read_text(encoding="utf-8"),
         "values.schema.json": json.dumps(schema(values, comments), indent=1) + "\n",
         "README.md": readme(values, comments),
     }
@@ -107,6 +111,8 @@ def schema(values: dict[str, Any], comments: dict[str, str]) -> dict[str, Any]:
         del engine["properties"][name]
     engine.pop("required", None)
     definitions["Engine"] = engine
+    for options in (application, definitions["PoolConfig"]):
+        options["properties"]["engine"] = {"$ref": "#/definitions/Engine"}
     definitions.update(engine.pop("$defs", {}))
     bounds = {"anyOf": [{"type": "integer", "minimum": 0}, {"$ref": "#/definitions/ReplicaRange"}]}
 

@@ -115,6 +115,11 @@ def _gpu_attention() -> Choice:
 def _weight(operand: type, chosen: Backend) -> Choice:
     if operand is SplitWeight and chosen.name == "gpu":
         return Choice(operand.__name__, "as its parts", "its parts are multiplied one after the other")
+    if operand is DenseWeight and chosen.name == "cpu":
+        least = cpu_storage.PACKED_WEIGHTS
+        return Choice(
+            operand.__name__, f"bf16 from {least:,} weights on", "if they are bf16 numbers; half the bytes of fp32"
+        )
     if operand is DenseWeight:
         return Choice(operand.__name__, "dense", "it is not packed")
     if operand not in PACKED[chosen.name]:

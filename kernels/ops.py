@@ -29,6 +29,7 @@ __all__ = [
     "linear",
     "paged_attention",
     "prepare",
+    "prepare_embedding",
     "rms_norm",
     "rotary",
     "rotary_store_kv",
@@ -69,18 +70,37 @@ def linear(x: Tensor, weight: Prepared, bias: Tensor | None = None) -> Tensor:
     return _kernels(x.device).linear(x, weight, bias)
 
 
-def embedding(ids: Tensor, table: Tensor, first_row: int) -> Tensor:
+def prepare_embedding(weight: Weight, *, dtype: torch.dtype, device: torch.device) -> Tensor | Prepared:
+    """Bring a token table into the layout that `embedding` reads on `device`; called once, at load.
+
+    Args:
+        weight: the table as a matrix, K = H and N = rows.
+        dtype: compute dtype, of the rows that are looked up.
+        device: where they will be.
+
+    Returns:
+        Where the device looks up packed rows, what `prepare` makes of it, which serves `linear` too (a tied head);
+        elsewhere the decoded table [rows, H].
+
+    Raises:
+        TypeError: an operand whose rows can't be looked up.
+    """
+    return _kernels(device).prepare_embedding(weight, dtype=dtype, device=device)
+
+
+def embedding(ids: Tensor, table: Tensor | Prepared, first_row: int) -> Tensor:
     """Look up a rank's rows of the vocabulary.
 
     Args:
         ids: int [T], at least one.
-        table: [rows, H], the rows ``first_row ... first_row + rows - 1`` of the whole table.
+        table: [rows, H], or what `prepare_embedding` made of it: the rows ``first_row ... first_row + rows - 1`` of the
+            whole table.
         first_row: see `table`.
 
     Returns:
         [T, H]; zeros for ids of other ranks' rows, so that a sum over ranks is the embedding.
     """
-    return _kernels(table.device).embedding(ids, table, first_row)
+    return _kernels(ids.device).embedding(ids, table, first_row)
 
 
 def route(x: Tensor, gate: Tensor, bias: Tensor | None, *, top_k: int, norm_min: float) -> tuple[Tensor, Tensor]:

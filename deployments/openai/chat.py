@@ -6,42 +6,10 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from deployments.openai.answer import Job
-from deployments.openai.generation import Choice, Collected, Engine
-from deployments.openai.logprobs import chat_logprobs
-from deployments.openai.models import check_model
-from deployments.openai.prompts import Prompts, new_id
-from deployments.openai.protocol import ChatRequest
+from deployments.openai.generation import Choice, Collected
+from deployments.openai.logprobs import chat_logprobs, prompt_logprobs
 from deployments.openai.sse import ChunkWriter
-from engine.errors import RequestError
 from engine.text import TextDelta
-
-
-async def prepare_chat(body: bytes, engine: Engine, prompts: Prompts) -> Job:
-    """Validate a request body down to tokens.
-
-    Raises:
-        ApiError, RequestError: the request can't be served as asked.
-    """
-    request = ChatRequest.parse(body)
-    check_model(engine.info, request.model)
-    params = request.sampling_params()
-    answer_id = new_id("chatcmpl")
-    messages = [message.for_template() for message in request.messages]
-    token_ids = await prompts.tokenize_chat(messages, request.chat_template_kwargs or {})
-    try:
-        choices = prompts.choices([token_ids], params, engine.info.max_model_len, request_id=answer_id)
-    except RequestError as error:
-        field = "messages" if error.field == "prompt" else error.field
-        raise RequestError(str(error), field=field, code=error.code) from None
-    form = ChatFormat(
-        answer_id=answer_id,
-        model=engine.info.served_model_name,
-        num_choices=len(choices),
-        logprobs=params.logprobs is not None,
-        include_usage=request.include_usage,
-    )
-    return Job(choices=choices, choices_per_prompt=params.n, format=form, stream=bool(request.stream))
 
 
 class ChatFormat:
@@ -55,11 +23,13 @@ class ChatFormat:
         num_choices: int,
         logprobs: bool,
         include_usage: bool,
+        continuous_usage: bool = False,
     ) -> None:
         self._envelope: dict[str, Any] = {"id": answer_id, "created": int(time.time()), "model": model}
         self._num_choices = num_choices
         self._logprobs = logprobs
         self._include_usage = include_usage
+        self._continuous = continuous_usage
         self._chunks = ChunkWriter(
             {**self._envelope, "object": "chat.completion.chunk"},
             num_choices=num_choices,
@@ -75,6 +45,8 @@ class ChatFormat:
 
     def chunk(self, choice: Choice, delta: TextDelta) -> bytes:
         """The event of one delta; empty when there is nothing to say yet."""
+        if self._continuous:
+            self._chunks.count(choice)
         if delta.finish_reason is None and not delta.logprobs:
             return self._chunks.text(choice.index, delta.text) if delta.text else b""
         return self._chunks.rich(
@@ -94,11 +66,17 @@ class ChatFormat:
         choices = [
             {
                 "index": index,
-                "message": {"role": "assistant", "content": result.text, "refusal": None},
+                "message": self._message(result),
                 "logprobs": chat_logprobs(result.logprobs) if self._logprobs else None,
                 "finish_reason": result.finish_reason,
                 "stop_reason": result.stop_reason,
             }
             for index, result in enumerate(results)
         ]
-        return {**self._envelope, "object": "chat.completion", "choices": choices, "usage": counts}
+        answer = {**self._envelope, "object": "chat.completion", "choices": choices, "usage": counts}
+        if results[0].prompt_logprobs is not None:
+            answer["prompt_logprobs"] = prompt_logprobs(results[0].prompt_logprobs)
+        return answer
+
+    def _message(self, result: Collected) -> dict[str, Any]:
+        return {"role": "assistant", "content": result.text, "refusal": None}

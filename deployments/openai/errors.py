@@ -20,7 +20,7 @@ class ApiError(Exception):
 
     Attributes:
         status: HTTP status.
-        type: OpenAI's class of error, ``"invalid_request_error"`` or ``"server_error"``.
+        type: OpenAI's class of error; by default ``"invalid_request_error"`` or ``"server_error"``.
         param: the request field at fault, or ``None``.
         code: OpenAI's machine-readable code, or ``None``.
         headers: extra response headers.
@@ -31,6 +31,7 @@ class ApiError(Exception):
         status: int,
         message: str,
         *,
+        type: str | None = None,
         param: str | None = None,
         code: str | None = None,
         headers: dict[str, str] | None = None,
@@ -38,7 +39,7 @@ class ApiError(Exception):
         super().__init__(message)
         self.status = status
         self.message = message[:_MAX_MESSAGE]
-        self.type = "invalid_request_error" if status < 500 else "server_error"
+        self.type = type or ("invalid_request_error" if status < 500 else "server_error")
         self.param = param
         self.code = code
         self.headers = headers or {}
@@ -59,13 +60,19 @@ def from_exception(error: Exception) -> ApiError:
         case RequestError():
             return ApiError(400, str(error), param=error.field, code=error.code)
         case OverloadedError():
-            after = str(max(1, math.ceil(error.retry_after_s)))
-            return ApiError(429, str(error), code="rate_limit_exceeded", headers={"retry-after": after})
+            headers = retry_headers(error.retry_after_s)
+            return ApiError(429, str(error), type="requests", code="rate_limit_exceeded", headers=headers)
         case EngineDeadError():
-            return ApiError(503, str(error), code="engine_unavailable")
+            headers = {} if error.retry_after_s is None else retry_headers(error.retry_after_s)
+            return ApiError(503, str(error), code="engine_unavailable", headers=headers)
         case _:
             logger.error("A request failed unexpectedly", exc_info=error)
             return ApiError(500, "The server failed on this request; its log has the details.", code="internal_error")
+
+
+def retry_headers(seconds: float) -> dict[str, str]:
+    """When to come back: in whole seconds for everybody, in milliseconds for the official clients, which read both."""
+    return {"retry-after": str(max(math.ceil(seconds), 1)), "retry-after-ms": str(max(math.ceil(seconds * 1000), 1))}
 
 
 def from_validation(error: ValidationError) -> ApiError:

@@ -11,6 +11,7 @@ from engine.errors import EngineDeadError
 from engine.messages import EngineRequest, FinishReason, TokenDelta
 from engine.outputs import PositionLogprobs
 from engine.text import TextDelta, TextStream
+from engine.tokenizer import Tokenizer
 
 
 class ServedModel(Protocol):
@@ -50,7 +51,10 @@ class Choice:
     index: int
     request: EngineRequest
     text_stream: TextStream
+    tokenizer: Tokenizer
     num_cached_tokens: int = 0
+    prompt_logprobs: list[PositionLogprobs | None] | None = None
+    """One for each prompt token, where asked for, once the first new token is there."""
 
     def push(self, delta: TokenDelta) -> TextDelta:
         """Take in new tokens; returns what may be shown of them.
@@ -62,6 +66,10 @@ class Choice:
             raise EngineDeadError("The engine ended this request before it was complete; send it again.")
         if delta.num_cached_tokens:
             self.num_cached_tokens = delta.num_cached_tokens
+        if delta.prompt_logprobs is not None:
+            self.prompt_logprobs = [
+                None if entry is None else PositionLogprobs.of(entry, self.tokenizer) for entry in delta.prompt_logprobs
+            ]
         return self.text_stream.push(delta)
 
 
@@ -73,6 +81,7 @@ class Collected:
     logprobs: list[PositionLogprobs] = field(default_factory=list)
     finish_reason: str | None = None
     stop_reason: str | int | None = None
+    prompt_logprobs: list[PositionLogprobs | None] | None = None
 
 
 Batch = list[tuple[Choice, TextDelta]]
@@ -160,6 +169,7 @@ async def collect(batches: AsyncIterator[Batch], num_choices: int) -> list[Colle
             if delta.finish_reason is not None:
                 result.finish_reason = delta.finish_reason
                 result.stop_reason = delta.stop_reason
+                result.prompt_logprobs = choice.prompt_logprobs
     for result, pieces in zip(collected, texts, strict=True):
         result.text = "".join(pieces)
     return collected

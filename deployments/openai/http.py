@@ -9,10 +9,15 @@ from typing import Any
 
 from starlette.types import Receive, Scope, Send
 
+from deployments.observer import SPAN
 from deployments.openai.errors import ApiError
 
 MAX_BODY_BYTES = 8 << 20
 """Largest request body by default. A 128k-token prompt is about half a megabyte of text."""
+
+
+_MAX_DIGITS = 18
+"""Of a Content-Length; Python refuses to read numbers of thousands of digits."""
 
 
 class ClientGone(Exception):
@@ -49,7 +54,7 @@ async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
         ClientGone: the connection closed before the end.
     """
     declared = header(scope, b"content-length")
-    if declared is not None and declared.isdecimal() and int(declared) > limit:
+    if declared is not None and declared.isdecimal() and (len(declared) > _MAX_DIGITS or int(declared) > limit):
         raise _too_large(limit)
     chunks: list[bytes] = []
     size = 0
@@ -88,15 +93,19 @@ async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, None]) ->
 
     The request body must have been read. Returns when ``work`` has cleaned up.
 
-    ``work`` runs in an empty context. Serve marks the context of a request, and when its client leaves, Ray cancels
-    all actor calls that were made in it (ray issue 52476), but calls to an engine carry other requests too.
+    ``work`` runs in a context that is empty but for the request's trace. Serve marks the context of a request, and when
+    its client leaves, Ray cancels all actor calls that were made in it (ray issue 52476), but calls to an engine carry
+    other requests too.
     """
 
     async def hung_up() -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
 
-    worker = asyncio.create_task(work, context=contextvars.Context())
+    context = contextvars.Context()
+    if (span := SPAN.get()) is not None:
+        context.run(SPAN.set, span)
+    worker = asyncio.create_task(work, context=context)
     watcher = asyncio.create_task(hung_up())
     try:
         await asyncio.wait((worker, watcher), return_when=asyncio.FIRST_COMPLETED)

@@ -1,7 +1,8 @@
-"""``GET /v1/models``: the one model that is served, in OpenAI's shape."""
+"""The one model that is served, in OpenAI's shape, and by what."""
 
 from __future__ import annotations
 
+from importlib import metadata
 from typing import Any
 
 from deployments.openai.errors import ApiError
@@ -32,3 +33,11 @@ def check_model(info: ServedModel, name: str | None) -> None:
             param="model",
             code="model_not_found",
         )
+
+
+def installed_version() -> str:
+    """This package's version; "0" in a checkout that is not installed."""
+    try:
+        return metadata.version("dibit")
+    except metadata.PackageNotFoundError:
+        return "0"

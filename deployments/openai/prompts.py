@@ -5,9 +5,15 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ParamSpec, TypeVar
 
+from deployments.observer import Observer
+from deployments.openai.calls import dialect, dialect_of
 from deployments.openai.generation import Choice
+from deployments.openai.protocol import Conversation
+from deployments.openai.reasoning import Thinking
+from deployments.openai.tools import Tool
 from engine.errors import RequestError
 from engine.requests import expand
 from engine.sampling_params import SamplingParams
@@ -30,10 +36,31 @@ def new_id(prefix: str) -> str:
 
 
 class Prompts:
-    """Turns what clients send into engine requests."""
+    """Turns what clients send into engine requests.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    Args:
+        observer: hears of fields that nobody knows.
+        sampling_defaults: the model's own sampling options (:func:`engine.sampling_params.default_sampling`).
+        tool_call_parser: a name out of :data:`deployments.openai.calls.DIALECTS`, instead of the one that the chat
+            template tells of.
+
+    Raises:
+        ConfigError: there is no parser of that name.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        observer: Observer | None = None,
+        sampling_defaults: Mapping[str, Any] | None = None,
+        tool_call_parser: str | None = None,
+    ) -> None:
         self.tokenizer = tokenizer
+        self.observer = observer or Observer()
+        self.sampling_defaults = dict(sampling_defaults or {})
+        self.thinking = Thinking.of(tokenizer)
+        self.dialect = dialect(tool_call_parser) if tool_call_parser else dialect_of(tokenizer.chat_template)
 
     async def tokenize(self, prompts: Sequence[str] | Sequence[list[int]], choices_per_prompt: int) -> list[list[int]]:
         """Token ids of each prompt; those that are ids already pass.
@@ -50,14 +77,21 @@ class Prompts:
         length = sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
         return await _in_thread_if_long(length, self._encode, prompts)
 
-    async def tokenize_chat(self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> list[int]:
+    async def tokenize_chat(self, request: Conversation, tools: Sequence[Tool] = ()) -> list[int]:
         """Token ids of a conversation in the model's chat template.
 
         Raises:
             RequestError: the template refuses the messages.
         """
-        length = sum(len(str(message.get("content"))) for message in messages)
-        return await _in_thread_if_long(length, self._encode_chat, messages, options)
+        messages = [message.for_template() for message in request.messages]
+        variables = request.template_variables()
+        if tools:
+            variables["tools"] = [tool.for_template() for tool in tools]
+        if request.add_generation_prompt is not None:
+            variables["add_generation_prompt"] = request.add_generation_prompt
+        length = sum(len(message["content"] or "") for message in messages if not isinstance(message["content"], list))
+        length += sum(len(part["text"]) for m in messages if isinstance(m["content"], list) for part in m["content"])
+        return await _in_thread_if_long(length, self.tokenizer.encode_chat, messages, **variables)
 
     def choices(
         self,
@@ -66,6 +100,7 @@ class Prompts:
         max_model_len: int,
         *,
         request_id: str,
+        priority: int = 0,
     ) -> list[Choice]:
         """``params.n`` choices for each prompt, in order, everything about them checked.
 
@@ -84,15 +119,17 @@ class Prompts:
             )
         ]
         return [
-            Choice(index=index, request=request, text_stream=TextStream(self.tokenizer, request.params))
+            Choice(
+                index=index,
+                request=replace(request, priority=priority) if priority else request,
+                text_stream=TextStream(self.tokenizer, request.params),
+                tokenizer=self.tokenizer,
+            )
             for index, request in enumerate(requests)
         ]
 
     def _encode(self, prompts: Sequence[str] | Sequence[list[int]]) -> list[list[int]]:
         return [self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
-
-    def _encode_chat(self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> list[int]:
-        return self.tokenizer.encode_chat(messages, add_generation_prompt=True, **options)
 
 
 async def _in_thread_if_long(length: int, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:

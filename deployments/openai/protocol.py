@@ -1,20 +1,20 @@
-"""What clients may send: OpenAI's chat and completion requests, with vLLM's extra sampling options.
+"""What clients may send: OpenAI's chat and completion requests, with the extra options of vLLM and FastDeploy.
 
 Types are checked here and ranges in :class:`engine.sampling_params.SamplingParams`, so each rule stands in one place.
-Fields that are not listed are ignored, as clients send many; those that would change the answer are refused.
+Fields that nobody here knows are ignored, as OpenAI does, and counted; those that would change the answer are refused
+(:mod:`deployments.openai.unsupported`). ``docs/api.md`` lists them all.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
     PlainValidator,
-    Strict,
     StrictBool,
     StrictInt,
     StrictStr,
@@ -23,35 +23,15 @@ from pydantic import (
 )
 
 from deployments.openai.errors import from_validation
+from deployments.openai.fields import Int, Listed, Number, Priority, at_most
+from deployments.openai.messages import Message
+from deployments.openai.structure import Choices, ResponseFormat, Schema, Structure, StructuredOutputs, structure_of
+from deployments.openai.tools import Calling, ToolChoice, Tools
+from deployments.openai.unsupported import check_unsupported, count_unknown
 from engine.errors import RequestError
-from engine.sampling_params import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_STRINGS, SamplingParams
+from engine.sampling_params import MAX_CHOICES, MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_STRINGS, SamplingParams
 
-
-def _integral(value: Any) -> Any:
-    """Let 5.0 pass for 5: some languages have only one kind of number."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _listed(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
-def _at_most(items: int) -> BeforeValidator:
-    """Refuse a long list or object before its items are looked at: a million complaints cost seconds."""
-
-    def check(value: Any) -> Any:
-        if isinstance(value, (list, dict)) and len(value) > items:
-            raise ValueError(f"has {len(value)} items; at most {items} are allowed")
-        return value
-
-    return BeforeValidator(check)
-
-
-Int = Annotated[int, Strict(), BeforeValidator(_integral)]
-Number = Annotated[float, Strict()]
-
-MAX_CONTENT_PARTS = 1024
-"""Pieces of text in one message."""
+Model = TypeVar("Model", bound=BaseModel)
 
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's ``max_tokens`` of a completion that names none."""
@@ -74,22 +54,46 @@ _SAMPLING_FIELDS = (
     "ignore_eos",
     "include_stop_str_in_output",
     "seed",
+    "prompt_logprobs",
+)
+
+_TEMPLATE_ARGUMENTS = {"self", "messages", "special_names", "add_generation_prompt", "tools"}
+
+_GUIDED_FIELDS = (
+    "guided_json",
+    "guided_json_object",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+    "structural_tag",
 )
 
 
-_TEMPLATE_ARGUMENTS = {"self", "messages", "special_names", "add_generation_prompt"}
+def parse(model: type[Model], body: bytes) -> Model:
+    """Validate a request body.
+
+    Raises:
+        ApiError: it isn't JSON, or a field has the wrong type; the field is named.
+        RequestError: it asks for something that isn't there, or contradicts itself.
+    """
+    try:
+        return model.model_validate_json(body)
+    except ValidationError as error:
+        raise from_validation(error) from None
 
 
 class StreamOptions(BaseModel):
     """``stream_options`` of a streaming request."""
 
     include_usage: StrictBool | None = None
+    continuous_usage_stats: StrictBool | None = None
+    include_obfuscation: StrictBool | None = None
 
 
 class GenerationRequest(BaseModel):
     """What chat and completion requests have in common. ``None`` means OpenAI's default."""
 
-    model_config = ConfigDict(frozen=True, allow_inf_nan=False, extra="ignore")
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False, extra="allow")
 
     model: StrictStr | None = None
     stream: StrictBool | None = None
@@ -103,109 +107,150 @@ class GenerationRequest(BaseModel):
     repetition_penalty: Number | None = None
     presence_penalty: Number | None = None
     frequency_penalty: Number | None = None
-    logit_bias: Annotated[dict[str, Number], _at_most(MAX_LOGIT_BIAS)] | None = None
+    logit_bias: Annotated[dict[str, Number], at_most(MAX_LOGIT_BIAS)] | None = None
     max_tokens: Int | None = None
     min_tokens: Int | None = None
-    stop: Annotated[list[StrictStr], BeforeValidator(_listed), _at_most(MAX_STOP_STRINGS)] | None = None
-    stop_token_ids: Annotated[list[StrictInt], _at_most(MAX_STOP_STRINGS)] | None = None
+    stop: Annotated[list[StrictStr], Listed, at_most(MAX_STOP_STRINGS)] | None = None
+    stop_token_ids: Annotated[list[StrictInt], at_most(MAX_STOP_STRINGS)] | None = None
     ignore_eos: StrictBool | None = None
     include_stop_str_in_output: StrictBool | None = None
     seed: Int | None = None
+    prompt_logprobs: Int | None = None
+    priority: Priority | None = None
 
-    @classmethod
-    def parse(cls, body: bytes) -> Self:
-        """Validate a request body.
-
-        Raises:
-            ApiError: it isn't JSON, or a field has the wrong type; the field is named.
-            RequestError: it asks for something that isn't there, or contradicts itself.
-        """
-        try:
-            return cls.model_validate_json(body)
-        except ValidationError as error:
-            raise from_validation(error) from None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Schema | None = None
+    guided_json_object: StrictBool | None = None
+    guided_regex: StrictStr | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: StrictStr | None = None
+    structural_tag: Schema | None = None
 
     @model_validator(mode="after")
-    def _check_stream_options(self) -> Self:
+    def _check_common(self) -> Self:
+        check_unsupported(self.model_extra or {})
         if self.stream_options is not None and not self.stream:
             raise RequestError("stream_options is only allowed when stream is true", field="stream_options")
+        if self.prompt_logprobs is not None and self.stream:
+            raise RequestError("prompt_logprobs is not available in a stream; leave one out", field="prompt_logprobs")
         return self
+
+    @property
+    def unknown_fields(self) -> int:
+        """How many of its fields nobody here knows."""
+        return count_unknown(self.model_extra or {})
 
     @property
     def include_usage(self) -> bool:
         """Whether a stream ends with a chunk that holds the token counts."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
+    @property
+    def continuous_usage(self) -> bool:
+        """Whether every chunk of a stream holds the counts so far."""
+        return bool(self.stream_options and self.stream_options.continuous_usage_stats and self.include_usage)
+
+    @property
+    def structure(self) -> Structure | None:
+        """What the answer must look like.
+
+        Raises:
+            RequestError: the fields that say so contradict one another.
+        """
+        guided = {name: value for name in _GUIDED_FIELDS if (value := getattr(self, name)) is not None}
+        if not guided and self.response_format is None and self.structured_outputs is None:
+            return None
+        return structure_of(self.response_format, self.structured_outputs, guided)
+
     def sampling_options(self) -> dict[str, Any]:
         """The sampling options that the client gave, under :class:`SamplingParams`' names."""
         return {name: value for name in _SAMPLING_FIELDS if (value := getattr(self, name)) is not None}
 
 
-class TextPart(BaseModel):
-    """A piece of a message's content; models here read text only."""
-
-    type: Literal["text"]
-    text: StrictStr
-
-
-class Message(BaseModel):
-    """One turn of a conversation."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[StrictStr | list[TextPart] | None, _at_most(MAX_CONTENT_PARTS)] = None
-
-    @model_validator(mode="after")
-    def _check_content(self) -> Self:
-        if self.content is None and self.role != "assistant":
-            raise ValueError(f"a message of role {self.role!r} needs content")
-        return self
-
-    def for_template(self) -> dict[str, Any]:
-        """The message as chat templates expect it: in a role they know."""
-        role = "system" if self.role == "developer" else self.role
-        return {**self.model_dump(), "role": role}
-
-
-class ChatRequest(GenerationRequest):
-    """Body of ``POST /v1/chat/completions``."""
+class Conversation(BaseModel):
+    """Messages, and what the chat template is to make of them."""
 
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
-    max_completion_tokens: Annotated[Int, Field(ge=1)] | None = None
-    logprobs: StrictBool | None = None
-    top_logprobs: Annotated[Int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    tools: Tools | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    tools: list[Any] | None = None
-    functions: list[Any] | None = None
-    response_format: dict[str, Any] | None = None
+    add_generation_prompt: StrictBool | None = None
+    documents: list[dict[str, Any]] | None = None
+    enable_thinking: StrictBool | None = None
+    reasoning_effort: StrictStr | None = None
+    metadata: dict[str, Any] | None = None
 
     @model_validator(mode="after")
-    def _check_fields(self) -> Self:
-        if self.top_logprobs is not None and not self.logprobs:
-            raise RequestError("top_logprobs needs logprobs: true", field="top_logprobs")
-        for name in ("tools", "functions"):
-            if getattr(self, name):
-                raise RequestError(f"{name}: calling tools is not supported; leave the field out", field=name)
+    def _check_variables(self) -> Self:
         taken = sorted(_TEMPLATE_ARGUMENTS & (self.chat_template_kwargs or {}).keys())
         if taken:
             raise RequestError(
                 f"chat_template_kwargs may not set {', '.join(taken)}, which the server does",
                 field="chat_template_kwargs",
             )
-        _check_response_format(self.response_format)
         return self
 
-    def sampling_params(self) -> SamplingParams:
+    def template_variables(self) -> dict[str, Any]:
+        """Variables for the chat template, besides messages and tools."""
+        variables: dict[str, Any] = {}
+        if self.documents:
+            variables["documents"] = self.documents
+        if self.reasoning_effort is not None:
+            variables["reasoning_effort"] = self.reasoning_effort
+            if self.reasoning_effort == "none":
+                variables["enable_thinking"] = False
+        # FastDeploy's elder place for it; OpenAI's metadata are strings, which mean nothing here.
+        if isinstance(thinking := (self.metadata or {}).get("enable_thinking"), bool):
+            variables["enable_thinking"] = thinking
+        if self.enable_thinking is not None:
+            variables["enable_thinking"] = self.enable_thinking
+        return variables | (self.chat_template_kwargs or {})
+
+
+class ChatRequest(Conversation, GenerationRequest):
+    """Body of ``POST /v1/chat/completions``."""
+
+    max_completion_tokens: Annotated[Int, Field(ge=1)] | None = None
+    logprobs: StrictBool | None = None
+    top_logprobs: Annotated[Int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: StrictBool | None = None
+    include_reasoning: StrictBool | None = None
+    modalities: list[Literal["text"]] | None = None
+
+    @model_validator(mode="after")
+    def _check_chat(self) -> Self:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise RequestError("top_logprobs needs logprobs: true", field="top_logprobs")
+        return self
+
+    @property
+    def calling(self) -> Calling:
+        """What of the tools there is for this answer.
+
+        Raises:
+            RequestError: the fields of the tools contradict one another.
+        """
+        if self.tools is None and self.tool_choice is None:
+            return Calling()
+        return Calling.of(self.tools, self.tool_choice, parallel=self.parallel_tool_calls)
+
+    def sampling_params(self, defaults: Mapping[str, Any], structured_outputs: dict[str, Any] | None) -> SamplingParams:
         """The validated sampling options of every choice.
+
+        Args:
+            defaults: the model's own, for options that the client leaves open.
+            structured_outputs: as :meth:`structure` and the tools together make it.
 
         Raises:
             RequestError: an option is out of range; ``field`` names it.
         """
-        options = self.sampling_options()
+        options = {**defaults, **self.sampling_options()}
         if self.max_completion_tokens is not None:
             options["max_tokens"] = self.max_completion_tokens
         if self.logprobs:
             options["logprobs"] = self.top_logprobs or 0
-        return SamplingParams.parse(**options)
+        return _params(options, structured_outputs)
 
 
 def _checked_prompt(value: Any) -> Any:
@@ -232,24 +277,20 @@ class CompletionRequest(GenerationRequest):
     logprobs: Int | None = None
     best_of: Int | None = None
     suffix: StrictStr | None = None
-    response_format: dict[str, Any] | None = None
 
     @model_validator(mode="after")
-    def _check_fields(self) -> Self:
+    def _check_completion(self) -> Self:
         if self.suffix:
             raise RequestError("suffix (filling in the middle) is not supported; leave it out", field="suffix")
-        if self.best_of is not None and self.best_of != (self.n or 1):
-            raise RequestError(
-                f"best_of is {self.best_of} and n is {self.n or 1}; choosing the best of more is not supported, so "
-                "best_of must equal n or be left out",
-                field="best_of",
-            )
-        if self.echo and self.logprobs is not None:
-            raise RequestError(
-                "echo with logprobs needs log probabilities of the prompt, which are not supported; drop one",
-                field="logprobs",
-            )
-        _check_response_format(self.response_format)
+        if self.best_of is not None:
+            if self.best_of < (self.n or 1):
+                raise RequestError(f"best_of is {self.best_of}, less than n, {self.n or 1}", field="best_of")
+            if self.best_of > MAX_CHOICES:
+                raise RequestError(f"best_of is {self.best_of}; at most {MAX_CHOICES} are possible", field="best_of")
+            if self.stream and self.best_of > (self.n or 1):
+                raise RequestError("best_of can't be streamed: the best is known at the end", field="best_of")
+        if self.max_tokens == 0 and not self.echo:
+            raise RequestError("max_tokens is 0, which makes sense with echo only", field="max_tokens")
         return self
 
     @property
@@ -266,21 +307,57 @@ class CompletionRequest(GenerationRequest):
             raise RequestError("prompt is an empty list; it needs at least one text or token id", field="prompt")
         return [prompt] if isinstance(prompt[0], int) else prompt
 
-    def sampling_params(self) -> SamplingParams:
+    @property
+    def echo_only(self) -> bool:
+        """Whether no token is asked for. One is generated, and not shown: engines know no less."""
+        return self.max_tokens == 0
+
+    def sampling_params(self, defaults: Mapping[str, Any], structured_outputs: dict[str, Any] | None) -> SamplingParams:
         """The validated sampling options of every choice; as at OpenAI, 16 new tokens unless the client says more.
+
+        ``n`` of them is ``best_of``, where that is more.
 
         Raises:
             RequestError: an option is out of range; ``field`` names it.
         """
-        options = {"max_tokens": DEFAULT_COMPLETION_TOKENS, **self.sampling_options()}
+        options = {"max_tokens": DEFAULT_COMPLETION_TOKENS, **defaults, **self.sampling_options()}
+        if self.echo_only:
+            options["max_tokens"] = 1
         if self.logprobs is not None:
             options["logprobs"] = self.logprobs
-        return SamplingParams.parse(**options)
+            if self.echo:
+                options["prompt_logprobs"] = max(self.logprobs, options.get("prompt_logprobs", 0))
+        if self.best_of is not None and self.best_of > (self.n or 1):
+            options["n"] = self.best_of
+            options.setdefault("logprobs", 0)  # to choose by
+        return _params(options, structured_outputs)
 
 
-def _check_response_format(response_format: dict[str, Any] | None) -> None:
-    if response_format and response_format.get("type", "text") != "text":
-        raise RequestError(
-            f"response_format of type {response_format['type']!r} is not supported; only 'text' is",
-            field="response_format",
-        )
+def _params(options: dict[str, Any], structured_outputs: dict[str, Any] | None) -> SamplingParams:
+    if structured_outputs is not None:
+        options["structured_outputs"] = structured_outputs
+    return SamplingParams.parse(**options)
+
+
+class Tokenize(BaseModel):
+    """What bodies of ``POST /tokenize`` have in common; vLLM's shape."""
+
+    model: StrictStr | None = None
+    return_token_strs: StrictBool | None = None
+
+
+class TokenizeText(Tokenize):
+    """A text to tokenize."""
+
+    prompt: StrictStr
+
+
+class TokenizeChat(Conversation, Tokenize):
+    """A conversation to tokenize."""
+
+
+class Detokenize(BaseModel):
+    """Body of ``POST /detokenize``; vLLM's shape."""
+
+    model: StrictStr | None = None
+    tokens: Annotated[list[Annotated[int, Field(strict=True, ge=0, lt=2**63)]], at_most(1 << 20)]

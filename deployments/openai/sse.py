@@ -6,6 +6,8 @@ from typing import Any
 
 import msgspec
 
+from deployments.openai.generation import Choice, usage
+
 encode = msgspec.json.Encoder().encode
 
 DONE = b"data: [DONE]\n\n"
@@ -69,6 +71,26 @@ class ChunkWriter:
         if stop_reason is not None:
             rest["stop_reason"] = stop_reason
         return b"".join((self._text_heads[index], encode(text), self._after_text, b",", encode(rest)[1:-1], self._end))
+
+    def any(
+        self,
+        index: int,
+        fields: dict[str, Any],
+        *,
+        logprobs: dict[str, Any] | None = None,
+        finish_reason: str | None = None,
+        stop_reason: str | int | None = None,
+    ) -> bytes:
+        """A chunk whose choice has these ``fields`` in place of text."""
+        choice = {**fields, "logprobs": logprobs, "finish_reason": finish_reason}
+        if stop_reason is not None:
+            choice["stop_reason"] = stop_reason
+        return self._heads[index] + encode(choice)[1:-1] + self._end
+
+    def count(self, choice: Choice) -> None:
+        """The next chunk is of ``choice``, and says how many tokens that has so far."""
+        self._end = b'}],"usage":' + encode(usage([choice], 1)) + b"}\n\n"
+        self._text_end = self._after_text + b',"logprobs":null,"finish_reason":null' + self._end
 
     def raw(self, index: int, fields: bytes) -> bytes:
         """A chunk whose choice consists of ready JSON ``fields``."""

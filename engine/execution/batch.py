@@ -38,7 +38,10 @@ class StepInput:
 
 
 def build_step_input(scheduled: Sequence[ScheduledRequest], block_size: int) -> StepInput:
-    """Lay the parts of a step one after the other; logits are wanted of the last token of each part that samples.
+    """Lay the parts of a step one after the other.
+
+    Logits are wanted of the last token of each part that samples, and of the first ``num_prompt_rows`` of each; they
+    are in the order of the tokens (:func:`sampled_rows` tells which are which).
 
     Args:
         scheduled: at least one part, each of at least one token, with blocks allotted for all of it.
@@ -59,6 +62,14 @@ def build_step_input(scheduled: Sequence[ScheduledRequest], block_size: int) -> 
     positions = np.arange(len(token_ids)) + (starts - query_start[:-1])[owners]
     slots = block_tables[owners, positions // block_size].astype(np.int64) * block_size + positions % block_size
     samples = np.fromiter((part.samples for part in scheduled), dtype=np.bool_, count=len(scheduled))
+    logits_rows = (query_start[1:] - 1)[samples]
+    prompt_rows = [
+        np.arange(first, first + part.num_prompt_rows, dtype=np.int32)
+        for first, part in zip(query_start.tolist(), scheduled, strict=False)
+        if part.num_prompt_rows
+    ]
+    if prompt_rows:
+        logits_rows = np.sort(np.concatenate([logits_rows, *prompt_rows]))
     return StepInput(
         token_ids=np.array(token_ids, dtype=np.int32),
         positions=positions.astype(np.int32),
@@ -66,8 +77,22 @@ def build_step_input(scheduled: Sequence[ScheduledRequest], block_size: int) -> 
         block_tables=block_tables,
         query_start=query_start,
         context_lens=ends.astype(np.int32),
-        logits_rows=(query_start[1:] - 1)[samples],
+        logits_rows=logits_rows,
     )
+
+
+def sampled_rows(scheduled: Sequence[ScheduledRequest]) -> tuple[list[int], list[range]]:
+    """Which rows of a step's logits are for sampling, and which are for log probabilities of each part's prompt."""
+    samples: list[int] = []
+    prompts: list[range] = []
+    row = 0
+    for part in scheduled:
+        prompts.append(range(row, row + part.num_prompt_rows))
+        row += part.num_prompt_rows
+        if part.samples:
+            samples.append(row)
+            row += 1
+    return samples, prompts
 
 
 def dummy_step(num_tokens: int, num_seqs: int, block_size: int) -> StepInput:

@@ -8,9 +8,10 @@ result does not depend on the order in which a sort puts them:
   to top_p or more; probabilities are those of what top_k left;
 * min_p keeps tokens at least ``min_p`` times as likely as the most likely one.
 
-A full sort of the vocabulary is the dearest step of sampling, and the kept tokens are few as a rule. So the highest
-``HEAD`` scores of each row are looked at first; only rows whose kept set may reach beyond them are sorted whole. Which
-way a row takes depends on that row alone.
+A full sort of the vocabulary is the dearest step of sampling, and the kept tokens are few as a rule. So
+:func:`candidates` looks at the highest ``HEAD`` scores of each row, and says on the device which rows' kept sets may
+reach beyond them: only the whole order settles those (:func:`sorted_candidates`), and whoever asks learns of them with
+the tokens that were drawn, in one transfer. Which way a row takes depends on that row alone.
 """
 
 from __future__ import annotations
@@ -51,12 +52,14 @@ class Candidates:
     """What may be drawn in some rows.
 
     ``rows`` int64 [part]: which rows of the call. ``token_ids`` int64 [tokens] or [part, tokens].
-    ``scores`` float32 [part, tokens]: -inf for tokens filtered out.
+    ``scores`` float32 [part, tokens]: -inf for tokens filtered out. ``settled`` bool [part]: whether that is all that
+    may be drawn; None where it is in every row.
     """
 
     rows: Tensor
     token_ids: Tensor
     scores: Tensor
+    settled: Tensor | None = None
 
 
 def candidates(scores: Tensor, filters: Sequence[Filter]) -> Iterator[Candidates]:
@@ -80,16 +83,14 @@ def candidates(scores: Tensor, filters: Sequence[Filter]) -> Iterator[Candidates
         head, token_ids = part.topk(min(HEAD, vocab_size), dim=-1)  # [ordered, head], highest first
         threshold = _threshold(head, part, chosen)  # [ordered]
         # Strictly above the head's end: nothing outside the head can reach the threshold.
-        inside = threshold > head[:, -1] if head.shape[1] < vocab_size else torch.ones_like(threshold, dtype=torch.bool)
-        decided: list[bool] = inside.tolist()
-        short = [j for j, fits in enumerate(decided) if fits]
-        whole = [j for j, fits in enumerate(decided) if not fits]
-        if short:
-            yield Candidates(rows[short], token_ids[short], _cut(head[short], threshold[short]))
-        if whole:
-            part = part[whole]
-            threshold = _threshold(part.sort(dim=-1, descending=True).values, part, [chosen[j] for j in whole])
-            yield Candidates(rows[whole], _all_tokens(scores), _cut(part, threshold))
+        settled = threshold > head[:, -1] if head.shape[1] < vocab_size else None
+        yield Candidates(rows, token_ids, _cut(head, threshold), settled)
+
+
+def sorted_candidates(scores: Tensor, filters: Sequence[Filter]) -> Candidates:
+    """What may be drawn in rows that :func:`candidates` has not settled; arguments as there."""
+    threshold = _threshold(scores.sort(dim=-1, descending=True).values, scores, filters)
+    return Candidates(_rows(list(range(len(filters))), scores), _all_tokens(scores), _cut(scores, threshold))
 
 
 def _threshold(head: Tensor, scores: Tensor, filters: Sequence[Filter]) -> Tensor:

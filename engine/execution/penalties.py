@@ -1,7 +1,7 @@
-"""What changes single logits before sampling: logit_bias, repetition/presence/frequency penalties, min_tokens.
+"""What changes single logits before sampling: logit_bias, the three penalties, min_tokens, grammars.
 
-Each touches few tokens of a row, so all of a batch's changes are gathered into flat (row, token) lists on the host and
-applied with one gather and one scatter.
+All but the last touch few tokens of a row, so all of a batch's changes are gathered into flat (row, token) lists on the
+host and applied with one gather and one scatter. A grammar's mask is a bit for each token, which the device unpacks.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 
 def adjust(logits: Tensor, rows: Sequence[SamplingRow], eos_token_ids: Collection[int]) -> Tensor:
-    """Apply every row's logit_bias, then its penalties, then the min_tokens mask (vLLM's order).
+    """Apply every row's logit_bias, then its penalties, then the min_tokens mask (vLLM's order), or a grammar's.
+
+    Who makes a grammar's mask has seen to ``min_tokens`` already, as a grammar that must end does so before.
 
     Args:
         logits: float32 [rows, used vocabulary]; left as it is.
@@ -31,8 +33,11 @@ def adjust(logits: Tensor, rows: Sequence[SamplingRow], eos_token_ids: Collectio
     """
     biased = [i for i, row in enumerate(rows) if row.params.logit_bias]
     penalized = [i for i, row in enumerate(rows) if has_penalties(row.params)]
-    masked = [i for i, row in enumerate(rows) if len(row.output_token_ids) < row.params.min_tokens]
-    if not (biased or penalized or masked):
+    bound = [i for i, row in enumerate(rows) if row.allowed is not None]
+    masked = [
+        i for i, row in enumerate(rows) if len(row.output_token_ids) < row.params.min_tokens and row.allowed is None
+    ]
+    if not (biased or penalized or masked or bound):
         return logits
     logits = logits.clone()  # [rows, vocab]
     if biased:
@@ -41,6 +46,8 @@ def adjust(logits: Tensor, rows: Sequence[SamplingRow], eos_token_ids: Collectio
         _penalize(logits, rows, penalized)
     if masked:
         _mask_stops(logits, rows, masked, eos_token_ids)
+    if bound:
+        _mask_forbidden(logits, rows, bound)
     return logits
 
 
@@ -103,6 +110,19 @@ def _mask_stops(
     ]
     if entries:
         logits[_index(logits, [entry[0] for entry in entries], [entry[1] for entry in entries])] = float("-inf")
+
+
+def _mask_forbidden(logits: Tensor, rows: Sequence[SamplingRow], indices: list[int]) -> None:
+    words = np.stack([allowed for i in indices if (allowed := rows[i].allowed) is not None])
+    octets = torch.from_numpy(words.view(np.uint8)).to(logits.device)  # [bound, octets], the lowest bits first
+    shifts = torch.arange(8, dtype=torch.uint8, device=logits.device)
+    bits = (octets.unsqueeze(-1) >> shifts).bitwise_and_(1).flatten(1)  # [bound, 32 * words]
+    forbidden = bits[:, : logits.shape[1]] == 0
+    if len(indices) == len(rows):
+        logits.masked_fill_(forbidden, float("-inf"))
+    else:
+        index = torch.as_tensor(indices, device=logits.device)
+        logits[index] = logits[index].masked_fill_(forbidden, float("-inf"))
 
 
 def _tokens(token_ids: Sequence[int], vocab_size: int) -> NDArray[np.int64]:

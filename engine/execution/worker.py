@@ -17,6 +17,7 @@ from engine.config import EngineConfig, ModelConfig
 from engine.errors import ConfigError
 from engine.execution import kv_cache
 from engine.execution.batch import StepInput
+from engine.execution.experts import ExpertLoad
 from engine.execution.graphs import CudaCapture, capture_sizes
 from engine.execution.machine import available_cores, choose_device, choose_dtype, choose_max_model_len
 from engine.execution.memory import CacheNeed, shortage
@@ -84,6 +85,7 @@ class Worker:
         self._shortage: str | None = None
         self._decoder: DecoderModel | None = None
         self._runner: ModelRunner | None = None
+        self._experts: ExpertLoad | None = None
 
     def initialize(self) -> None:
         """`load`, then `connect`."""
@@ -112,7 +114,14 @@ class Worker:
         )
         try:
             with torch.inference_mode():
-                self._decoder = build_model(self.model, weights, self.group, dtype=self.dtype, device=self.device)
+                self._decoder = build_model(
+                    self.model,
+                    weights,
+                    self.group,
+                    dtype=self.dtype,
+                    device=self.device,
+                    quantize_embeddings=self.config.quantize_embeddings,
+                )
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise ConfigError(
                 f"the weights of rank {self.group.rank} do not fit into the memory of {self.device} "
@@ -121,6 +130,8 @@ class Worker:
             ) from error
         finally:
             weights.close()
+        if self.config.expert_load and self.group.rank == 0:  # every rank routes every token, so one count will do
+            self._experts = ExpertLoad(self._decoder, self.device)
 
     def connect(self, check: Callable[[], None] | None = None) -> None:
         """Meet the other ranks, and make the KV cache: as many blocks as the rank with the least memory can hold.
@@ -148,6 +159,8 @@ class Worker:
         self._num_kv_blocks = num_blocks
         self._runner = self._make_runner(num_blocks + bool(self._graph_sizes))
         self._capture(self._runner)
+        if self._experts is not None:
+            self._experts.reset()  # profiling and capturing ran steps of nobody's tokens
 
     def execute(self, step: StepInput) -> Tensor | None:
         """Run a flat batch, at the same time on every rank: fp32 logits [S, vocab_size] on rank 0, None elsewhere."""
@@ -161,7 +174,15 @@ class Worker:
         """Leave the group and let go of the memory; may be called again."""
         self._decoder = None
         self._runner = None
+        self._experts = None
         self.group.close()
+
+    def expert_load(self) -> dict[int, list[int]] | None:
+        """By MoE layer, the tokens that each expert has had since the start; None unless rank 0 counts them.
+
+        Waits for the device; may be called from any thread.
+        """
+        return None if self._experts is None else self._experts.read()
 
     @property
     def num_kv_blocks(self) -> int:

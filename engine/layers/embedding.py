@@ -14,14 +14,15 @@ class VocabParallelEmbedding:
     """Token ids -> hidden states; each rank looks up its rows, and the sum over ranks is the embedding.
 
     Args:
-        table: [rows, H], rows ``rank * rows ...`` of the padded vocabulary.
+        table: [rows, H], or from `ops.prepare_embedding`: rows ``rank * rows ...`` of the padded vocabulary.
+        rows: of the table.
         group: the ranks.
     """
 
-    def __init__(self, table: Tensor, group: TensorParallelGroup) -> None:
+    def __init__(self, table: Tensor | ops.Prepared, rows: int, group: TensorParallelGroup) -> None:
         self.table = table
         self.group = group
-        self.first_row = group.rank * table.shape[0]
+        self.first_row = group.rank * rows
 
     def __call__(self, token_ids: Tensor) -> Tensor:
         """Int [T] -> [T, H]."""

@@ -27,6 +27,13 @@ class Linear:
         self.weight = ops.prepare(weight, dtype=dtype, device=device)
         self.bias = bias
 
+    @classmethod
+    def of(cls, weight: ops.Prepared) -> Linear:
+        """With a weight that is prepared already, and shared with something else; without a bias."""
+        linear = cls.__new__(cls)
+        linear.weight, linear.bias = weight, None
+        return linear
+
     def __call__(self, x: Tensor) -> Tensor:
         """[T, K] -> [T, N]."""
         return ops.linear(x, self.weight, self.bias)

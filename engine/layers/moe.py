@@ -47,9 +47,14 @@ class SparseMoE:
         self.shared = shared
         self.top_k = top_k
         self.norm_min = norm_min
+        self.expert_tokens: Tensor | None = None
+        """int64 [E], tokens that went to each expert, where they are counted: `engine.execution.experts`."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """[T, H] -> [T, H], a partial sum."""
         weights, ids = ops.route(x, self.gate, self.bias, top_k=self.top_k, norm_min=self.norm_min)  # [T, k] each
+        if self.expert_tokens is not None:
+            taken = ids.flatten().long()
+            self.expert_tokens.index_add_(0, taken, torch.ones_like(taken))
         routed = ops.fused_moe(x, self.gate_up, self.down, weights, ids)
         return routed if self.shared is None else routed.add_(self.shared(x))

@@ -15,6 +15,7 @@ from engine.layers.weights import WeightSource
 from engine.models.builder import DecoderBuilder
 from engine.models.ernie4_5 import Ernie4_5
 from engine.models.qwen2 import Qwen2
+from engine.quantization.vocabulary import QuantizeEmbeddings
 from kernels import ops
 
 MODELS: dict[str, type[DecoderBuilder]] = {"ernie4_5": Ernie4_5, "ernie4_5_moe": Ernie4_5, "qwen2": Qwen2}
@@ -50,7 +51,13 @@ class DecoderModel(Protocol):
 
 
 def model_builder(
-    config: ModelConfig, weights: WeightSource, group: TensorParallelGroup, *, dtype: torch.dtype, device: torch.device
+    config: ModelConfig,
+    weights: WeightSource,
+    group: TensorParallelGroup,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantize_embeddings: QuantizeEmbeddings | None = None,
 ) -> DecoderBuilder:
     """The builder of the architecture that `config` names, for a whole model or for some of its layers.
 
@@ -60,11 +67,19 @@ def model_builder(
     builder = MODELS.get(config.architecture)
     if builder is None:
         raise UnsupportedError(f"architecture {config.architecture!r}; supported: {', '.join(sorted(MODELS))}")
-    return builder(config, weights, group, dtype=dtype, device=device)
+    return builder(config, weights, group, dtype=dtype, device=device, quantize_embeddings=quantize_embeddings)
 
 
 def build_model(
-    config: ModelConfig, weights: WeightSource, group: TensorParallelGroup, *, dtype: torch.dtype, device: torch.device
+    config: ModelConfig,
+    weights: WeightSource,
+    group: TensorParallelGroup,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantize_embeddings: QuantizeEmbeddings | None = None,
 ) -> DecoderModel:
     """One rank's share of the model that `config` describes; arguments and errors as for `model_builder`."""
-    return model_builder(config, weights, group, dtype=dtype, device=device).build()
+    return model_builder(
+        config, weights, group, dtype=dtype, device=device, quantize_embeddings=quantize_embeddings
+    ).build()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from engine.config import ModelConfig
 from engine.execution.parallel import TensorParallelGroup
@@ -14,7 +15,9 @@ from engine.layers.norm import RMSNorm
 from engine.layers.rotary import RotaryEmbedding
 from engine.layers.weights import WeightSource
 from engine.models.decoder import Decoder, DecoderLayer
-from kernels.operands import Weight
+from engine.quantization.vocabulary import QuantizeEmbeddings, round_table
+from kernels import ops
+from kernels.operands import DenseWeight, Weight
 
 
 class DecoderBuilder:
@@ -26,6 +29,7 @@ class DecoderBuilder:
         group: the ranks, a number that divides the model (`engine.checkpoint.partition.check_size`).
         dtype: compute dtype.
         device: compute device.
+        quantize_embeddings: round token embedding and head to integers; None keeps them in `dtype`.
     """
 
     def __init__(
@@ -36,24 +40,47 @@ class DecoderBuilder:
         *,
         dtype: torch.dtype,
         device: torch.device,
+        quantize_embeddings: QuantizeEmbeddings | None = None,
     ) -> None:
         self.config = config
         self.weights = weights
         self.group = group
         self.dtype = dtype
         self.device = device
+        self.quantize_embeddings = quantize_embeddings
         self.num_heads, self.num_kv_heads = heads_per_rank(config, group.world_size)
 
     def build(self) -> Decoder:
         """The whole decoder; weights are asked for in the order in which a step uses them."""
         config = self.config
+        embedding, tied_head = self.embedding()
         return Decoder(
             rotary=RotaryEmbedding(config.head_dim, config.rope_theta, self.device),
-            embedding=VocabParallelEmbedding(self.weights.embedding(), self.group),
+            embedding=embedding,
             layers=[self.layer(i) for i in range(config.num_hidden_layers)],
             norm=self.norm("norm"),
-            head=LogitsHead(self.linear(self.weights.head()), config.vocab_size, self.group),
+            head=LogitsHead(tied_head or self.head(), config.vocab_size, self.group),
         )
+
+    def embedding(self) -> tuple[VocabParallelEmbedding, Linear | None]:
+        """The token table; and the logits projection, if that is tied and can share a rounded table's memory."""
+        table = self.weights.embedding()
+        rows = table.shape[0]
+        if self.quantize_embeddings is None:
+            return VocabParallelEmbedding(table, rows, self.group), None
+        rounded = round_table(table, self.quantize_embeddings)
+        prepared = ops.prepare_embedding(rounded, dtype=self.dtype, device=self.device)
+        embedding = VocabParallelEmbedding(prepared, rows, self.group)
+        if not self.config.tie_word_embeddings:
+            return embedding, None
+        return embedding, self.linear(rounded) if isinstance(prepared, Tensor) else Linear.of(prepared)
+
+    def head(self) -> Linear:
+        """The logits projection."""
+        weight = self.weights.head()
+        if self.quantize_embeddings is not None and isinstance(weight, DenseWeight):
+            weight = round_table(weight.weight, self.quantize_embeddings)
+        return self.linear(weight)
 
     def layer(self, layer: int) -> DecoderLayer:
         """Decoder layer `layer`, from 0."""

@@ -22,6 +22,7 @@ class BlockPool:
         self._hashes: list[bytes | None] = [None] * num_blocks
         self._published: dict[bytes, int] = {}
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))  # next to be allocated first
+        self._changes: dict[bytes, bool] = {}  # hashes whose state differs from when last told -> can be found now
 
     @property
     def num_free(self) -> int:
@@ -67,6 +68,7 @@ class BlockPool:
             if evicted is not None:
                 del self._published[evicted]
                 self._hashes[block_id] = None
+                self._change(evicted, findable=False)
         return block_ids
 
     def publish(self, block_id: int, block_hash: bytes) -> int:
@@ -77,12 +79,30 @@ class BlockPool:
             already (two requests computed them in the same step): the caller's hold has then moved to that block.
         """
         known = self._published.setdefault(block_hash, block_id)
-        if known == block_id:
-            self._hashes[block_id] = block_hash
-        else:
+        if known != block_id:
             self.take([known])
             self.release([block_id])
+        elif self._hashes[block_id] is None:
+            self._hashes[block_id] = block_hash
+            self._change(block_hash, findable=True)
         return known
+
+    def published(self) -> list[bytes]:
+        """The hashes of all blocks that can be found, in O(blocks)."""
+        return list(self._published)
+
+    def changes(self) -> tuple[list[bytes], list[bytes]]:
+        """Hashes that can be found since the last call, and hashes that can't be found any more.
+
+        These are net: a block that was published and evicted in between, or evicted and published anew, is in neither.
+        So whoever adds the one and takes off the other, in either order, has what :meth:`published` returns.
+        """
+        if not self._changes:
+            return [], []
+        cached = [block_hash for block_hash, findable in self._changes.items() if findable]
+        evicted = [block_hash for block_hash, findable in self._changes.items() if not findable]
+        self._changes.clear()
+        return cached, evicted
 
     def release(self, block_table: Sequence[int]) -> None:
         """Let go of the blocks of one request, its tail first: a prefix is worth more than what follows it."""
@@ -110,3 +130,8 @@ class BlockPool:
         published = {name: block_id for block_id, name in enumerate(self._hashes) if name is not None}
         if published != self._published or len(published) != len(self._hashes) - self._hashes.count(None):
             raise RuntimeError("published blocks and their hashes disagree")
+
+    def _change(self, block_hash: bytes, *, findable: bool) -> None:
+        # A hash goes back and forth between two states, so a second change undoes the first.
+        if self._changes.pop(block_hash, None) is None:
+            self._changes[block_hash] = findable

@@ -1,15 +1,17 @@
-"""The operations made fast for a CPU: few torch calls, no Python loop over tokens, large weights as packed as stored.
+"""The operations made fast for a CPU: compiled where torch would take many calls, large weights as packed as stored.
 
-What is missing here is already fast as `kernels.reference` has it.
+What comes from `kernels.reference` is fast enough as it is there, or runs once a step.
 """
 
+from kernels.cpu.activation import silu_and_mul
 from kernels.cpu.attention import attention_metadata, decode_metadata, paged_attention
 from kernels.cpu.cache import rotary_store_kv, store_kv
 from kernels.cpu.linear import embedding, linear
-from kernels.cpu.moe import fused_moe, route, silu_and_mul
+from kernels.cpu.moe import fused_moe, route
 from kernels.cpu.norm import add_rms_norm, rms_norm
-from kernels.cpu.rotary import rotary, rotary_table
 from kernels.cpu.storage import prepare
+from kernels.reference.linear import prepare_embedding
+from kernels.reference.rotary import rotary, rotary_table
 
 __all__ = [
     "add_rms_norm",
@@ -20,6 +22,7 @@ __all__ = [
     "linear",
     "paged_attention",
     "prepare",
+    "prepare_embedding",
     "rms_norm",
     "rotary",
     "rotary_store_kv",

@@ -1,8 +1,8 @@
-"""Paged attention on a CPU: gather the pages of a request, then torch's fused attention.
+"""Paged attention on a CPU: compiled straight from the pages, or torch's fused attention over gathered ones.
 
-Requests with one query (decoding) go together, padded to the longest of their group; a group's contexts differ by less
-than a factor of two in blocks, so padding never doubles the work. Requests with several queries (prefill) go
-one by one.
+Requests with one query (decoding) are compiled where the compute dtype is fp32. In another they go together, padded to
+the longest of their group; a group's contexts differ by less than a factor of two in blocks, so padding never doubles
+the work. Requests with several queries (prefill) go one by one: their work is in the products of each.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.cache import LayerCache
+from kernels.cpu.layout import POSITIONS, SCORES
+from kernels.cpu.threads import Stage, fp32, run
 from kernels.metadata import AttentionMetadata
 from kernels.reference.cache import read_blocks
 
@@ -38,6 +40,24 @@ class DecodeGroup:
 
 
 @dataclass(frozen=True, slots=True)
+class Decodes:
+    """Requests with one query each, for the compiled kernel; kept here so that the addresses stay good."""
+
+    spans: np.ndarray
+    """int32 [S, 4]: a request among these, which of its spans, its first, how many it has."""
+    tables: np.ndarray
+    """int32 [R, max_blocks]."""
+    contexts: np.ndarray
+    """int32 [R]."""
+    rows: np.ndarray
+    """int32 [R], of the flat batch."""
+    positions: int
+    """In all contexts together."""
+    addresses: tuple[int, ...]
+    """Of the spans and the tables, entries of a table, addresses of the contexts and the rows."""
+
+
+@dataclass(frozen=True, slots=True)
 class Prefill:
     """A request with several queries."""
 
@@ -53,7 +73,10 @@ class Prefill:
 class CpuAttentionMetadata(AttentionMetadata):
     """The batch, divided into groups once for all layers."""
 
-    decodes: tuple[DecodeGroup, ...]
+    decodes: Decodes | None
+    """Requests with one query each, if the compute dtype is fp32 and there are any."""
+    groups: tuple[DecodeGroup, ...]
+    """The same requests in another dtype."""
     prefills: tuple[Prefill, ...]
     tail_mask: Tensor | None
     """[QUERY_TILE, longest context], causal and aligned at the lower right: its lower right n x L corner is the mask
@@ -71,18 +94,17 @@ def attention_metadata(
 ) -> CpuAttentionMetadata:
     """Divide the batch into decode groups and prefills; see `ops.attention_metadata`."""
     counts = np.diff(query_start)
-    single = counts == 1
+    single = np.flatnonzero(counts == 1)
     num_blocks = -(-context_lens // block_size)
-    groups: dict[int, list[int]] = defaultdict(list)
-    for r in np.flatnonzero(single).tolist():
-        groups[int(num_blocks[r]).bit_length()].append(r)
-    decodes = tuple(
-        _decode_group(np.asarray(members), block_tables, query_start, context_lens, num_blocks, dtype)
-        for _, members in sorted(groups.items())
-    )
+    decodes: Decodes | None = None
+    groups: tuple[DecodeGroup, ...] = ()
+    if len(single) and dtype == torch.float32:
+        decodes = _decodes(single, block_tables, query_start, context_lens)
+    elif len(single):
+        groups = _groups(single, block_tables, query_start, context_lens, num_blocks, dtype)
     prefills = []
     longest = 0
-    for r in np.flatnonzero(~single).tolist():
+    for r in np.flatnonzero(counts != 1).tolist():
         start, end, context = int(query_start[r]), int(query_start[r + 1]), int(context_lens[r])
         blocks = torch.from_numpy(block_tables[r, : num_blocks[r]].astype(np.int64))
         prefills.append(Prefill(start, end, blocks, context))
@@ -94,6 +116,7 @@ def attention_metadata(
         context_lens=torch.from_numpy(context_lens),
         block_size=block_size,
         decodes=decodes,
+        groups=groups,
         prefills=tuple(prefills),
         tail_mask=_tail_mask(longest, dtype) if longest else None,
     )
@@ -105,6 +128,44 @@ def decode_metadata(
     """Divide the batch by the values that the tensors hold now; see `ops.decode_metadata`."""
     arrays = (tensor.numpy() for tensor in (block_tables, query_start, context_lens))
     return attention_metadata(*arrays, block_size=block_size, dtype=dtype, device=block_tables.device)
+
+
+def _decodes(
+    members: np.ndarray, block_tables: np.ndarray, query_start: np.ndarray, context_lens: np.ndarray
+) -> Decodes:
+    contexts = context_lens[members].astype(np.int32)
+    counts = -(-contexts // POSITIONS)  # spans of each request
+    ends = np.cumsum(counts)
+    owners = np.repeat(np.arange(len(members)), counts)  # [S]
+    first = (ends - counts)[owners]
+    spans = np.stack((owners, np.arange(len(owners)) - first, first, counts[owners]), axis=1).astype(np.int32)
+    tables, rows = np.ascontiguousarray(block_tables[members], dtype=np.int32), query_start[members].astype(np.int32)
+    places = [array.ctypes.data for array in (spans, tables, contexts, rows)]
+    return Decodes(
+        spans=spans,
+        tables=tables,
+        contexts=contexts,
+        rows=rows,
+        positions=int(contexts.sum()),
+        addresses=(*places[:2], tables.shape[1], *places[2:]),
+    )
+
+
+def _groups(
+    members: np.ndarray,
+    block_tables: np.ndarray,
+    query_start: np.ndarray,
+    context_lens: np.ndarray,
+    num_blocks: np.ndarray,
+    dtype: torch.dtype,
+) -> tuple[DecodeGroup, ...]:
+    groups: dict[int, list[int]] = defaultdict(list)
+    for r in members.tolist():
+        groups[int(num_blocks[r]).bit_length()].append(r)
+    return tuple(
+        _decode_group(np.asarray(rows), block_tables, query_start, context_lens, num_blocks, dtype)
+        for _, rows in sorted(groups.items())
+    )
 
 
 def _decode_group(
@@ -141,10 +202,12 @@ def paged_attention(q: Tensor, cache: LayerCache, metadata: AttentionMetadata, *
     """
     if not isinstance(metadata, CpuAttentionMetadata):
         raise TypeError(f"{type(metadata).__name__} was made for another device; use ops.attention_metadata")
-    if len(metadata.decodes) == 1 and metadata.decodes[0].rows is None:
-        return _decode(q, cache, metadata.decodes[0], scale)
+    if len(metadata.groups) == 1 and metadata.groups[0].rows is None:
+        return _decode(q, cache, metadata.groups[0], scale)
     out = torch.empty(q.shape, dtype=q.dtype)
-    for group in metadata.decodes:
+    if metadata.decodes is not None:
+        _attend(q, cache, metadata.decodes, scale, out)
+    for group in metadata.groups:
         if group.rows is not None:
             queries = q.index_select(0, group.rows)
             out.index_copy_(0, group.rows, _decode(queries, cache, group, scale))
@@ -152,6 +215,31 @@ def paged_attention(q: Tensor, cache: LayerCache, metadata: AttentionMetadata, *
         queries = q[prefill.start : prefill.end]
         out[prefill.start : prefill.end] = _prefill(queries, cache, prefill, metadata.tail_mask, scale)
     return out
+
+
+def _attend(q: Tensor, cache: LayerCache, decodes: Decodes, scale: float, out: Tensor) -> None:
+    """Write the rows of the requests with one query to `out` [T, Hq, D], contiguous.
+
+    Raises:
+        TypeError: the metadata was made for fp32, and `q` or the cache is in another dtype.
+    """
+    if q.dtype != torch.float32 or (cache.keys.dtype != torch.float32 and not cache.quantized):
+        raise TypeError(f"the metadata was made for fp32, not queries of {q.dtype} and keys of {cache.keys.dtype}")
+    if q.stride(2) != 1 or q.stride(1) != q.shape[2]:
+        q = q.contiguous()
+    kv_heads, head_dim = cache.num_kv_heads, q.shape[2]
+    group = q.shape[1] // kv_heads
+    tasks = len(decodes.spans) * kv_heads
+    states = torch.empty(tasks, group * (2 + head_dim + SCORES))
+    finished = torch.zeros(len(decodes.contexts), kv_heads, dtype=torch.int64)
+    scales = (0 if scale is None else scale.data_ptr() for scale in (cache.key_scales, cache.value_scales))
+    arguments = (
+        *(tasks, kv_heads, group, head_dim, cache.block_size, *decodes.addresses),
+        *(q.data_ptr(), 4 * q.stride(0), cache.keys.data_ptr(), cache.values.data_ptr(), fp32(scale)),
+        *(states.data_ptr(), finished.data_ptr(), out.data_ptr(), *scales),
+    )
+    read = 2 * kv_heads * head_dim * cache.keys.element_size() * decodes.positions
+    run(Stage("attend", arguments, tasks=tasks, num_bytes=read))
 
 
 def _decode(q: Tensor, cache: LayerCache, group: DecodeGroup, scale: float) -> Tensor:

@@ -5,56 +5,53 @@ compiler. numba brings LLVM as a wheel, which vectorises for the CPU that is the
 or, where that can't be written, in the user's cache folder) makes compiling a matter of the first run.
 
 Every kernel is a C function of one address, that of an array of int64: first a counter of tasks, then its arguments
-(`kernels.cpu.product` fills it in). However many threads call it, each takes the next task until there are none:
-`kernels.cpu.threads` calls it from torch's own pool of threads, so that the two don't fight for the cores.
+(the modules that call them fill it in). However many threads call it, each takes the next task until there are none.
 """
 
 from __future__ import annotations
 
-import hashlib
-import logging
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numba import cfunc, njit, types
 
-from kernels.cpu import layout, vector
-from kernels.cpu.layout import BASE, BLOCK, CHUNK, CHUNK_BYTES, HIGH, LOW, STEP, TABLE_BYTES, TILE, TOKENS
-from kernels.cpu.vector import (
-    DOTS,
-    address_room,
-    bytes_at,
-    chunk_room,
-    floats_at,
-    halves_at,
-    ints_at,
-    longs_at,
-    native,
-    signed_at,
-    sums_room,
-    tables_room,
-    take,
+from kernels.cpu import vector
+from kernels.cpu.activations import quantize_chunk
+from kernels.cpu.arithmetic import ZERO, silu
+from kernels.cpu.layout import (
+    CHUNK,
+    CHUNK_BYTES,
+    DIRECT,
+    PAIR,
+    PASS,
+    ROWS,
+    SPAN,
+    TABLE_BYTES,
+    TILE,
+    WIDE_BYTES,
 )
+from kernels.cpu.words import add_lanes, bytes_at, floats_at, halves_at, ints_at, longs_at, room, take
 
-logger = logging.getLogger(__name__)
+NATIVE = vector.native()
+HALF = np.float32(0.5)
 
-NATIVE = native()
-LARGEST = np.float32(32512.0)
-"""The largest activation's integer: 127 * 256, so that rounding to ``256 high + low`` can't carry out of a byte."""
-MAGIC = np.float32(1.5 * 2**23)
-"""Adding it to a float of less than 2^22 leaves no bits for a fraction: rounds to nearest, ties to even."""
-TINY = np.float32(1e-30)
-"""Groups of nothing larger count as zeros: `LARGEST` divided by less may not be finite."""
-HALF, ZERO = np.float32(0.5), np.float32(0.0)
+_direct_ccq_1, _direct_ccq_2 = (vector.direct("ccq", tokens, own=False) for tokens in (1, 2))
+_direct_own_1, _direct_own_2 = (vector.direct("ccq", tokens, own=True) for tokens in (1, 2))
+_direct_int4_1, _direct_int4_2 = (vector.direct("int4", tokens, own=False) for tokens in (1, 2))
+_direct_int8_1, _direct_int8_2 = (vector.direct("int8", tokens, own=False) for tokens in (1, 2))
+_unpack_ccq, _unpack_int4, _unpack_int8 = (vector.unpack(kind) for kind in ("ccq", "int4", "int8"))
+_tile, _tile_scaled = vector.tile(scaled=False), vector.tile(scaled=True)
 
-_ccq1, _ccq2, _ccq4 = (DOTS["ccq", tokens] for tokens in (1, 2, TOKENS))
-_int4_1, _int4_2, _int4_4 = (DOTS["int4", tokens] for tokens in (1, 2, TOKENS))
-_int8_1, _int8_2, _int8_4 = (DOTS["int8", tokens] for tokens in (1, 2, TOKENS))
+_chunk_room = room(4 * CHUNK)
+_tables_room = room(TILE * TABLE_BYTES)
+_planes_room = room(TILE * SPAN * WIDE_BYTES)
+_steps_room = room(TILE * SPAN * 64)
+_sums_room = room(PASS * TILE * 64)
+_addresses_room = room(8 * PAIR)
+_outputs_room = room(8 * PAIR)
 
 
-@njit
+@njit(error_model="numpy")
 def _fill(table: Any, scale: Any, zero: Any) -> None:
     """A column's codebook [4, 256], by the reference's arithmetic: each operation rounds by itself."""
     entries = bytes_at(table)
@@ -64,182 +61,181 @@ def _fill(table: Any, scale: Any, zero: Any) -> None:
             entries[256 * j + u] = np.uint8((word >> (9 - 3 * j)) & 63)
 
 
-@njit
-def _unpack(kind: Any, codes: Any, table: Any, room: Any) -> None:
-    """A chunk's four planes of 64 unsigned bytes."""
-    source, target, entries = bytes_at(codes), bytes_at(room), bytes_at(table)
-    if kind == 0:
-        for r in range(64):
-            u = np.int64(source[r])
-            for j in range(4):
-                target[64 * j + r] = entries[256 * j + u]
-    elif kind == 1:
-        for half in range(2):
-            for r in range(64):
-                byte = source[64 * half + r]
-                target[128 * half + r] = byte & np.uint8(15)
-                target[128 * half + 64 + r] = byte >> np.uint8(4)
-    else:
-        for i in range(256):
-            target[i] = source[i]
-
-
-@njit
+@njit(error_model="numpy")
 def _nibble(scales: Any, group: Any) -> Any:
     """Scale of a group; an even one is the high half of its byte."""
     byte = np.int64(bytes_at(scales)[group >> 1])
     return (byte & 15) if group & 1 else (byte >> 4)
 
 
-@njit
-def _dot_plain(
-    kind: Any, tokens: Any, codes: Any, scales: Any, table: Any, inputs: Any, chunks: Any, sums: Any
+@njit(error_model="numpy")
+def _planes(kind: Any, codes: Any, table: Any, target: Any) -> None:
+    """A chunk's four planes of 64 unsigned bytes."""
+    source, planes, entries = bytes_at(codes), bytes_at(target), bytes_at(table)
+    if kind == 0:
+        for r in range(64):
+            u = np.int64(source[r])
+            for j in range(4):
+                planes[64 * j + r] = entries[256 * j + u]
+    elif kind == 1:
+        for half in range(2):
+            for r in range(64):
+                byte = source[64 * half + r]
+                planes[128 * half + r] = byte & np.uint8(15)
+                planes[128 * half + 64 + r] = byte >> np.uint8(4)
+    else:
+        for i in range(256):
+            planes[i] = source[i]
+
+
+@njit(error_model="numpy")
+def _unpack_plain(
+    kind: Any, codes: Any, scales: Any, table: Any, out: Any, steps: Any, chunks: Any, offset: Any
 ) -> None:
-    """`vector.DOTS` in loops that LLVM vectorises for whatever there is; activations are int16."""
-    room = chunk_room()
-    planes, rows, totals = bytes_at(room), longs_at(inputs), floats_at(sums)
-    code_bytes = 64 << kind
+    """`vector.unpack` in loops that LLVM vectorises for whatever there is."""
+    place = _chunk_room()
+    planes = bytes_at(place)
     for c in range(chunks):
-        _unpack(kind, codes + code_bytes * c, table, room)
-        for t in range(tokens):
-            start = rows[t] + CHUNK_BYTES * c
-            values, bases, steps = halves_at(start), ints_at(start + BASE), floats_at(start + STEP)
+        _planes(kind, codes + (64 << kind) * c, table, place)
+        wide, lanes = halves_at(out + WIDE_BYTES * c), floats_at(steps + 64 * c)
+        for j in range(4):
+            for i in range(32):
+                wide[64 * j + i] = np.int16(planes[64 * j + 2 * i]) - np.int16(offset)
+                wide[64 * j + 32 + i] = np.int16(planes[64 * j + 2 * i + 1]) - np.int16(offset)
+        if kind == 0:
             for g in range(4):
-                total = bases[4 * g] + bases[4 * g + 1] + bases[4 * g + 2] + bases[4 * g + 3]
-                for j in range(4):
-                    first = 64 * j + 16 * g
-                    part = np.int32(0)
-                    for r in range(16):
-                        part += np.int32(planes[first + r]) * np.int32(values[first + r])
-                    total += part
-                step = steps[4 * g]
-                if kind == 0:
-                    step *= np.float32(_nibble(scales, 4 * c + g))
-                totals[16 * t] += np.float32(total) * step
+                scale = np.float32(_nibble(scales, 4 * c + g))
+                for i in range(4):
+                    lanes[4 * g + i] = scale
 
 
-@njit
-def _dot_native(
-    kind: Any, tokens: Any, codes: Any, scales: Any, table: Any, inputs: Any, chunks: Any, sums: Any
+@njit(error_model="numpy")
+def _unpack_native(
+    kind: Any, codes: Any, scales: Any, table: Any, out: Any, steps: Any, chunks: Any, offset: Any
 ) -> None:
     if kind == 0:
+        _unpack_ccq(codes, scales, table, out, steps, chunks)
+    elif kind == 1:
+        _unpack_int4(codes, scales, table, out, steps, chunks)
+    else:
+        _unpack_int8(codes, scales, table, out, steps, chunks)
+
+
+@njit(error_model="numpy")
+def _direct(
+    kind: Any,
+    own: Any,
+    tokens: Any,
+    codes: Any,
+    scales: Any,
+    tables: Any,
+    factors: Any,
+    inputs: Any,
+    outputs: Any,
+    chunks: Any,
+    rows: Any,
+) -> None:
+    if kind == 0 and own:
         if tokens == 1:
-            _ccq1(codes, scales, table, inputs, chunks, sums)
-        elif tokens == 2:
-            _ccq2(codes, scales, table, inputs, chunks, sums)
+            _direct_own_1(codes, scales, tables, factors, inputs, outputs, chunks, rows)
         else:
-            _ccq4(codes, scales, table, inputs, chunks, sums)
+            _direct_own_2(codes, scales, tables, factors, inputs, outputs, chunks, rows)
+    elif kind == 0:
+        if tokens == 1:
+            _direct_ccq_1(codes, scales, tables, factors, inputs, outputs, chunks, rows)
+        else:
+            _direct_ccq_2(codes, scales, tables, factors, inputs, outputs, chunks, rows)
     elif kind == 1:
         if tokens == 1:
-            _int4_1(codes, scales, table, inputs, chunks, sums)
-        elif tokens == 2:
-            _int4_2(codes, scales, table, inputs, chunks, sums)
+            _direct_int4_1(codes, scales, tables, factors, inputs, outputs, chunks, rows)
         else:
-            _int4_4(codes, scales, table, inputs, chunks, sums)
+            _direct_int4_2(codes, scales, tables, factors, inputs, outputs, chunks, rows)
     else:
         if tokens == 1:
-            _int8_1(codes, scales, table, inputs, chunks, sums)
-        elif tokens == 2:
-            _int8_2(codes, scales, table, inputs, chunks, sums)
+            _direct_int8_1(codes, scales, tables, factors, inputs, outputs, chunks, rows)
         else:
-            _int8_4(codes, scales, table, inputs, chunks, sums)
+            _direct_int8_2(codes, scales, tables, factors, inputs, outputs, chunks, rows)
 
 
-_dot = _dot_native if NATIVE else _dot_plain
+@njit(error_model="numpy")
+def _no_direct(
+    kind: Any,
+    own: Any,
+    tokens: Any,
+    codes: Any,
+    scales: Any,
+    tables: Any,
+    factors: Any,
+    inputs: Any,
+    outputs: Any,
+    chunks: Any,
+    rows: Any,
+) -> None:
+    """In place of `_direct` where the machine lacks its instructions: never called."""
 
 
-@njit
-def _sum(sums: Any, first: Any) -> Any:
-    """Sixteen lanes, added in halves: in this order in every product."""
-    width = 8
-    while width:
-        for i in range(width):
-            sums[first + i] += sums[first + width + i]
-        width >>= 1
-    return sums[first]
+_unpack = _unpack_native if NATIVE else _unpack_plain
+_multiply = _direct if NATIVE else _no_direct
+_DIRECT = DIRECT if NATIVE else 0
 
 
-@njit
-def _quantize_group(source: Any, count: Any, target: Any) -> Any:
-    """`count` fp32 at `source` as int32 [64] at `target`, zeros after them; returns their step."""
-    bits, values, integers = ints_at(source), floats_at(source), ints_at(target)
-    top = np.int32(0)
-    for k in range(count):  # the order of magnitudes is that of their bits, and integers vectorise; NaN is on top
-        top = max(top, bits[k] & np.int32(0x7FFFFFFF))
-    ints_at(target)[0] = top
-    largest = floats_at(target)[0]
-    for k in range(64):
-        integers[k] = np.int32(0)
-    if TINY < largest < np.inf:  # else zeros times the step: nothing, or NaN for a NaN or an infinity
-        inverse = LARGEST / largest
-        for k in range(count):
-            integers[k] = np.int32((values[k] * inverse + MAGIC) - MAGIC)
-    return largest / LARGEST
+@njit(error_model="numpy")
+def _add_tile(kind: Any, planes: Any, steps: Any, inputs: Any, chunks: Any, sums: Any) -> None:
+    if kind == 0:
+        _tile_scaled(planes, steps, inputs, chunks, sums)
+    else:
+        _tile(planes, steps, inputs, chunks, sums)
 
 
-@njit
-def _quantize_chunk(source: Any, count: Any, target: Any, order: Any, offset: Any, wide: Any) -> None:
-    """`count` of a chunk's activations in the layout of `kernels.cpu.vector`."""
-    room = chunk_room()
-    integers, positions = ints_at(room), ints_at(order)
-    high, low, halves = signed_at(target + HIGH), signed_at(target + LOW), halves_at(target)
-    bases, steps = ints_at(target + BASE), floats_at(target + STEP)
-    for g in range(4):
-        left = min(64, max(0, count - 64 * g))
-        step = _quantize_group(source + 256 * g, left, room + 256 * g)
-        for i in range(4):
-            steps[4 * g + i] = step
-    for lane in range(16):
-        bases[lane] = np.int32(0)
-    for j in range(4):
-        for r in range(64):
-            value = integers[positions[64 * j + r]]
-            if wide:
-                halves[64 * j + r] = np.int16(value)
-            else:
-                below = ((value + np.int32(128)) & np.int32(255)) - np.int32(128)
-                low[64 * j + r] = np.int8(below)
-                high[64 * j + r] = np.int8((value - below) >> np.int32(8))
-        for lane in range(16):
-            total = np.int32(0)
-            for r in range(4):
-                total += integers[positions[64 * j + 4 * lane + r]]
-            bases[lane] -= total * np.int32(offset)
+def quantize(version: str, *, cache: bool) -> Any:
+    """Rows of activations; see `kernels.cpu.product`."""
 
-
-def _compile(version: str) -> dict[str, Any]:
-    """The kernels; `version` in their closure makes it part of the key of numba's cache, which otherwise looks only at
-    this file's age and would miss a change of the modules it is made from."""
-
-    @cfunc(types.void(types.int64), cache=True)
+    @cfunc(types.void(types.int64), cache=cache, error_model="numpy")
     def quantize(address: Any) -> None:
-        """Counter, tokens, K, x fp32, bytes from row to row, out, order, offset."""
+        """Counter, tokens, K, x fp32, bytes from row to row, out, order, offset, gated: whether a row has K gates and
+        then K values, and silu(gate) value is wanted."""
         _ = version
         p = longs_at(address)
-        tokens, k, order, offset = p[1], p[2], p[6], p[7]
+        tokens, k, order, offset, gated = p[1], p[2], p[6], p[7], p[8]
         chunks = (k + CHUNK - 1) // CHUNK
+        place = _chunk_room()
+        products = floats_at(place)
         while True:
             t = take(address)
             if t >= tokens:
                 break
             for c in range(chunks):
                 source, target = p[3] + p[4] * t + 4 * CHUNK * c, p[5] + CHUNK_BYTES * (chunks * t + c)
-                _quantize_chunk(source, min(CHUNK, k - CHUNK * c), target, order, offset, not NATIVE)
+                count = min(CHUNK, k - CHUNK * c)
+                if gated:
+                    gates, values = floats_at(source), floats_at(source + 4 * k)
+                    for i in range(count):
+                        products[i] = silu(gates[i]) * values[i]
+                    source = place
+                quantize_chunk(source, count, target, order, offset, NATIVE)
 
-    @cfunc(types.void(types.int64), cache=True)
+    return quantize
+
+
+def product(version: str, *, cache: bool) -> Any:
+    """Rows of activations times matrices of a stack; see `kernels.cpu.product`."""
+
+    @cfunc(types.void(types.int64), cache=cache, error_model="numpy")
     def product(address: Any) -> None:
         """Counter, tasks, kind, N, chunks, codes, scales, tables or 0, factor, code scale, code zero, segments
-        (matrix, first entry, entries), entries (row of x, row of out), x, out fp32 [., N]."""
+        (matrix, first entry, entries), entries (row of x, row of out), x, out fp32 [., N], offset."""
         _ = version
         p = longs_at(address)
-        tasks, kind, n, chunks = p[1], p[2], p[3], p[4]
+        tasks, kind, n, chunks, offset = p[1], p[2], p[3], p[4], p[15]
         segments, entries = longs_at(p[11]), longs_at(p[12])
         tiles = (n + TILE - 1) // TILE
         code_bytes, scale_bytes, row_bytes = (64 << kind) * chunks, 2 * chunks, CHUNK_BYTES * chunks
-        tables, inputs, results = tables_room(), address_room(), sums_room()
-        sources, sums = longs_at(inputs), floats_at(results)
+        tables, inputs, outputs = _tables_room(), _addresses_room(), _outputs_room()
+        planes, steps, results = _planes_room(), _steps_room(), _sums_room()
+        sources, targets, sums = longs_at(inputs), longs_at(outputs), floats_at(results)
         factors, code_scales, code_zeros, out = floats_at(p[8]), floats_at(p[9]), floats_at(p[10]), floats_at(p[14])
         own = p[7] == 0 and kind == 0
+        table_bytes = TABLE_BYTES if own else 0
         while True:
             task = take(address)
             if task >= tasks:
@@ -250,27 +246,59 @@ def _compile(version: str) -> dict[str, Any]:
             if own:
                 for i in range(rows):
                     _fill(tables + TABLE_BYTES * i, code_scales[column + i], code_zeros[column + i])
-            done = 0
-            while done < count:
-                step = TOKENS if count - done >= TOKENS else (2 if count - done >= 2 else 1)
-                for i in range(TILE * TOKENS * 16):
+            table = tables if own else p[7] + TABLE_BYTES * segments[segment]
+            codes, scales = p[5] + code_bytes * column, p[6] + scale_bytes * column
+            if count <= _DIRECT:
+                for t in range(count):
+                    entry = 2 * (first + t)
+                    sources[t] = p[13] + row_bytes * entries[entry]
+                    targets[t] = p[14] + 4 * (n * entries[entry + 1] + first_row)
+                _multiply(
+                    kind, own, count, codes, scales, table, p[8] + 4 * column, inputs, outputs, chunks, rows
+                )  # fmt: skip
+                continue
+            for begin in range(0, count, PASS):
+                tokens = min(PASS, count - begin)
+                for i in range(tokens * TILE * 16):
                     sums[i] = ZERO
-                span = chunks if step == 1 else BLOCK // step
-                for c in range(0, chunks, span):
-                    for t in range(step):
-                        sources[t] = p[13] + row_bytes * entries[2 * (first + done + t)] + CHUNK_BYTES * c
+                for c in range(0, chunks, SPAN):
+                    span = min(SPAN, chunks - c)
                     for i in range(rows):
-                        codes = p[5] + code_bytes * (column + i) + (64 << kind) * c
-                        scales = p[6] + scale_bytes * (column + i) + 2 * c
-                        table = tables + TABLE_BYTES * i if own else p[7] + TABLE_BYTES * segments[segment]
-                        _dot(kind, step, codes, scales, table, inputs, min(span, chunks - c), results + 64 * TOKENS * i)
-                for t in range(step):
-                    target = n * entries[2 * (first + done + t) + 1] + first_row
+                        _unpack(
+                            kind,
+                            codes + code_bytes * i + (64 << kind) * c,
+                            scales + scale_bytes * i + 2 * c,
+                            table + table_bytes * i,
+                            planes + SPAN * WIDE_BYTES * i,
+                            steps + SPAN * 64 * i,
+                            span,
+                            offset,
+                        )
+                    for t in range(0, tokens, PAIR):
+                        for i in range(PAIR):  # a last one alone is multiplied twice
+                            entry = 2 * (first + begin + min(t + i, tokens - 1))
+                            sources[i] = p[13] + row_bytes * entries[entry] + CHUNK_BYTES * c
+                        for i in range(0, rows, ROWS):
+                            _add_tile(
+                                kind,
+                                planes + SPAN * WIDE_BYTES * i,
+                                steps + SPAN * 64 * i,
+                                inputs,
+                                span,
+                                results + 64 * (TILE * t + i),
+                            )
+                for t in range(tokens):
+                    target = n * entries[2 * (first + begin + t) + 1] + first_row
                     for i in range(rows):
-                        out[target + i] = _sum(sums, 16 * (TOKENS * i + t)) * factors[column + i]
-                done += step
+                        out[target + i] = add_lanes(results + 64 * (TILE * t + i)) * factors[column + i]
 
-    @cfunc(types.void(types.int64), cache=True)
+    return product
+
+
+def decode(version: str, *, cache: bool) -> Any:
+    """Some output features of a matrix, as fp32; see `kernels.cpu.product`."""
+
+    @cfunc(types.void(types.int64), cache=cache, error_model="numpy")
     def decode(address: Any) -> None:
         """Counter, rows, kind, first row, chunks, codes, scales, table or 0, factor, code scale, code zero, order,
         offset, K, out fp32 [rows, K]."""
@@ -278,8 +306,8 @@ def _compile(version: str) -> dict[str, Any]:
         p = longs_at(address)
         rows, kind, chunks, offset, k = p[1], p[2], p[4], p[12], p[13]
         order, factors, code_scales, code_zeros = ints_at(p[11]), floats_at(p[8]), floats_at(p[9]), floats_at(p[10])
-        room, own_table = chunk_room(), tables_room()
-        planes = bytes_at(room)
+        place, own_table = _chunk_room(), _tables_room()
+        planes = bytes_at(place)
         while True:
             row = take(address)
             if row >= rows:
@@ -291,7 +319,7 @@ def _compile(version: str) -> dict[str, Any]:
                 _fill(table, code_scales[column], code_zeros[column])
             out = floats_at(p[14] + 4 * k * row)
             for c in range(chunks):
-                _unpack(kind, p[5] + (64 << kind) * (chunks * column + c), table, room)
+                _planes(kind, p[5] + (64 << kind) * (chunks * column + c), table, place)
                 for i in range(CHUNK):
                     feature = CHUNK * c + np.int64(order[i])
                     if feature < k:
@@ -300,15 +328,4 @@ def _compile(version: str) -> dict[str, Any]:
                             value *= _nibble(p[6] + 2 * chunks * column, feature >> 6)
                         out[feature] = np.float32(value) * factors[column]
 
-    return {"quantize": quantize, "product": product, "decode": decode}
-
-
-@cache
-def addresses() -> dict[str, int]:
-    """Where each kernel is, compiled once for a machine."""
-    logger.info(
-        "kernels for packed weights: read from numba's cache, or compiled (once, some seconds), for %s",
-        "AVX-512 with VNNI and VBMI" if NATIVE else "plain vector instructions",
-    )
-    source = b"".join(Path(str(module.__file__)).read_bytes() for module in (layout, vector))
-    return {name: kernel.address for name, kernel in _compile(hashlib.sha256(source).hexdigest()).items()}
+    return decode

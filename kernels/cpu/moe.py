@@ -1,30 +1,38 @@
-"""Routing and the experts on a CPU: each active expert sees its tokens as one contiguous slice, dense or packed."""
+"""Routing and the experts on a CPU: each active expert sees its tokens together, dense or packed."""
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.cpu.activation import silu_and_mul
 from kernels.cpu.packed import PackedPrepared
-from kernels.cpu.product import multiply
+from kernels.cpu.product import multiply, stages
+from kernels.cpu.threads import Stage, fp32, has_vnni, run
 from kernels.prepared import Prepared, dense
 
-
-def silu_and_mul(x: Tensor) -> Tensor:
-    """``silu(gate) * up`` of [T, gate I | up I]."""
-    gate, up = x.chunk(2, dim=-1)
-    return F.silu(gate).mul_(up)
+COMPILED_TOKENS = 16
+"""Tokens up to which their few products with the gate are no work for torch, whose threads would have to be woken."""
 
 
 def route(x: Tensor, gate: Tensor, bias: Tensor | None, *, top_k: int, norm_min: float) -> tuple[Tensor, Tensor]:
-    """The reference's arithmetic, dividing in place; see `ops.route`."""
-    probabilities = torch.softmax(F.linear(x.float(), gate), dim=-1)  # [T, E]
-    choice = probabilities if bias is None else probabilities + bias
-    ids = torch.sort(choice, dim=-1, descending=True, stable=True).indices[:, :top_k]
-    weights = probabilities.gather(1, ids)  # [T, k]
-    return weights.div_(weights.sum(-1, keepdim=True).clamp_(min=norm_min)), ids
+    """All in one pass; see `ops.route`."""
+    x = x.float().contiguous()
+    tokens, experts = x.shape[0], gate.shape[0]
+    few = tokens <= COMPILED_TOKENS
+    logits = torch.empty(tokens, experts) if few else F.linear(x, gate)
+    weights, ids = torch.empty(tokens, top_k), torch.empty(tokens, top_k, dtype=torch.int64)
+    scores = torch.empty(tokens, experts)
+    gate, bias = gate.contiguous(), None if bias is None else bias.contiguous()
+    arguments = (
+        *(tokens, experts, top_k, logits.data_ptr(), 0 if bias is None else bias.data_ptr(), fp32(norm_min)),
+        *(weights.data_ptr(), ids.data_ptr(), scores.data_ptr()),
+        *(x.data_ptr() if few else 0, x.shape[1], gate.data_ptr()),
+    )
+    read = 4 * scores.numel() * (x.shape[1] if few else top_k)
+    run(Stage("choose", arguments, tasks=tokens, num_bytes=read))
+    return weights, ids
 
 
 def fused_moe(x: Tensor, gate_up: Prepared, down: Prepared, weights: Tensor, ids: Tensor) -> Tensor:
@@ -63,27 +71,58 @@ def _grouped(rows: Tensor, counts: list[int], experts: tuple[Tensor, ...]) -> Te
 
 def _packed(x: Tensor, gate_up: Prepared, down: Prepared, weights: Tensor, ids: Tensor) -> Tensor:
     """Both products over all pairs of a token and an expert it chose, the pairs of an expert together."""
-    tokens, top_k = ids.shape
-    flat = ids.numpy().reshape(-1)  # [T*k]
-    order = flat.argsort(kind="stable")
-    chosen, first, counts = np.unique(flat[order], return_index=True, return_counts=True)
-    segments = np.stack((chosen, first, counts), axis=1)  # [active experts, 3]
-    places = np.arange(len(order))
-    hidden = silu_and_mul(_experts(x, gate_up, segments, np.stack((order // top_k, places), axis=1)))  # [T*k, I]
-    result = _experts(hidden, down, segments, np.stack((places, order), axis=1))  # [T*k, H], by token
-    return torch.bmm(weights.unsqueeze(1), result.view(tokens, top_k, -1)).squeeze(1)
+    stack = gate_up.codes if isinstance(gate_up, PackedPrepared) else dense(gate_up).weight
+    segments, first, second = _arrange(ids, stack.shape[0])
+    result = torch.empty(len(first), down.out_features)  # [T*k, H], by token
+    out = torch.empty(len(ids), down.out_features)
+    combine = _combine(weights, result, out)
+    if has_vnni() and isinstance(gate_up, PackedPrepared) and isinstance(down, PackedPrepared):
+        hidden = torch.empty(len(first), gate_up.out_features)  # [T*k, 2I]
+        run(
+            *stages(x.float(), gate_up, segments, first, hidden),
+            *stages(hidden, down, segments, second, result, gated=True),
+            combine,
+        )
+    else:
+        hidden = silu_and_mul(_experts(x, gate_up, segments, first))  # [T*k, I]
+        result.copy_(_experts(hidden, down, segments, second))
+        run(combine)
+    return out.to(x.dtype)
 
 
-def _experts(x: Tensor, weight: Prepared, segments: np.ndarray, entries: np.ndarray) -> Tensor:
-    """`product.multiply`, and the same for a stack that was small enough to be decoded."""
+def _arrange(ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Pairs by expert: segments [active experts, 3], and entries of the two products, for `product.multiply`."""
+    ids = ids.contiguous()
+    pairs, top_k = ids.numel(), ids.shape[1]
+    segments, places = torch.empty(min(pairs, experts), 3, dtype=torch.int64), torch.empty(experts, dtype=torch.int64)
+    first, second = torch.empty(2, pairs, 2, dtype=torch.int64)
+    arguments = (
+        *(0, pairs, top_k, experts, ids.data_ptr(), places.data_ptr()),
+        *(segments.data_ptr(), first.data_ptr(), second.data_ptr()),
+    )
+    stage = Stage("arrange", arguments, tasks=1, num_bytes=0)
+    run(stage)
+    return segments[: stage.arguments[1]], first, second
+
+
+def _combine(weights: Tensor, results: Tensor, out: Tensor) -> Stage:
+    """[T, k] and fp32 [T*k, H] -> fp32 [T, H]."""
+    tokens, top_k = weights.shape
+    factors = weights.float().contiguous()
+    arguments = (tokens, top_k, out.shape[1], factors.data_ptr(), results.data_ptr(), out.data_ptr())
+    return Stage("combine", arguments, tasks=tokens, num_bytes=4 * results.numel(), keep=factors)
+
+
+def _experts(x: Tensor, weight: Prepared, segments: Tensor, entries: Tensor) -> Tensor:
+    """`product.multiply`, and the same for a stack that was small enough to be decoded: fp32."""
     if isinstance(weight, PackedPrepared):
-        return multiply(x, weight, segments, entries).to(x.dtype)
+        return multiply(x, weight, segments, entries)
     experts = dense(weight).experts
-    sources, targets = torch.from_numpy(entries).unbind(1)
-    counts = np.zeros(len(experts), dtype=np.int64)
+    sources, targets = entries.unbind(1)
+    counts = torch.zeros(len(experts), dtype=torch.int64)
     counts[segments[:, 0]] = segments[:, 2]
-    out = _grouped(x.index_select(0, sources), counts.tolist(), experts)
-    return torch.empty_like(out).index_copy_(0, targets, out)
+    out = _grouped(x.to(experts[0].dtype).index_select(0, sources), counts.tolist(), experts)
+    return torch.empty_like(out).index_copy_(0, targets, out).float()
 
 
 def _one_token(

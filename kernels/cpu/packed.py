@@ -55,6 +55,16 @@ class PackedPrepared:
         return sum(t.numel() * t.element_size() for t in tensors)
 
     @cached_property
+    def matrix_bytes(self) -> int:
+        """Of that, one matrix of the stack."""
+        return self.num_bytes // self.codes.shape[0]
+
+    @cached_property
+    def order_address(self) -> int:
+        """Where `order` is."""
+        return self.order.ctypes.data
+
+    @cached_property
     def chunks(self) -> int:
         """Chunks of a row."""
         return -(-self.in_features // CHUNK)

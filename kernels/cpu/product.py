@@ -7,22 +7,23 @@ else is in the batch, except where a machine without `kernels.cpu.vector`'s inst
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.cpu.layout import CHUNK_BYTES, OFFSETS, TABLE_BYTES, TILE, TOKENS
+from kernels.cpu.layout import CHUNK_BYTES, OFFSETS, TABLE_BYTES, TILE
 from kernels.cpu.packed import PackedPrepared
-from kernels.cpu.threads import has_vnni, run
+from kernels.cpu.threads import Stage, has_vnni, run
 
 DENSE_ROWS = 32
 """Rows from which on, without those instructions, decoding to fp32 for torch's product takes less time than plain
 loops over integers; with them it never does (benchmarks/cpu_decode.py, batch 64)."""
+PASSES = 4
+"""Tokens that take about as long as reading a matrix."""
 DENSE_BYTES = 8 << 20
 """Decoded weights at a time; they stay in a cache between the decoder and the product."""
 
 
-def multiply(x: Tensor, weight: PackedPrepared, segments: np.ndarray, entries: np.ndarray) -> Tensor:
+def multiply(x: Tensor, weight: PackedPrepared, segments: Tensor, entries: Tensor) -> Tensor:
     """Rows of x times matrices of a stack.
 
     Args:
@@ -38,12 +39,40 @@ def multiply(x: Tensor, weight: PackedPrepared, segments: np.ndarray, entries: n
     out = torch.empty(len(entries), weight.out_features)
     if not has_vnni() and bool((large := segments[:, 2] >= DENSE_ROWS).any()):
         for matrix, first, count in segments[large].tolist():
-            rows = torch.from_numpy(entries[first : first + count])  # [count, 2]
+            rows = entries[first : first + count]  # [count, 2]
             out.index_copy_(0, rows[:, 1], _dense(x.index_select(0, rows[:, 0]), weight, matrix))
         segments = segments[~large]
     if len(segments):
-        _product(_quantize(x, weight), weight, segments, entries, out)
+        run(*stages(x, weight, segments, entries, out))
     return out
+
+
+def stages(
+    x: Tensor, weight: PackedPrepared, segments: Tensor, entries: Tensor, out: Tensor, *, gated: bool = False
+) -> tuple[Stage, Stage]:
+    """`multiply` as kernels to be run: fp32 `x`, contiguous `segments` and `entries`, `out` fp32 [P, N].
+
+    With `gated`, x is [T, 2K] and what is multiplied ``silu(x[:, :K]) * x[:, K:]``.
+    """
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    tokens, n, chunks = x.shape[0], weight.out_features, weight.chunks
+    inputs = torch.empty(tokens * chunks * CHUNK_BYTES, dtype=torch.uint8)  # torch aligns it to a cache line
+    tasks = len(segments) * -(-n // TILE)
+    offset = OFFSETS[weight.kind]
+    quantize = (
+        *(tokens, weight.in_features, x.data_ptr(), 4 * x.stride(0), inputs.data_ptr()),
+        *(weight.order_address, offset, gated),
+    )
+    product = (
+        *(tasks, weight.kind, n, chunks, *weight.addresses),
+        *(segments.data_ptr(), entries.data_ptr(), inputs.data_ptr(), out.data_ptr(), offset),
+    )
+    read = weight.matrix_bytes * max(len(segments), len(entries) // PASSES)
+    return (
+        Stage("quantize", quantize, tasks=tokens, num_bytes=inputs.numel(), keep=x),
+        Stage("product", product, tasks=tasks, num_bytes=read, keep=(segments, entries, inputs)),
+    )
 
 
 def decode(weight: PackedPrepared, matrix: int, rows: range) -> Tensor:
@@ -51,46 +80,13 @@ def decode(weight: PackedPrepared, matrix: int, rows: range) -> Tensor:
     out = torch.empty(len(rows), weight.in_features)
     first = matrix * weight.out_features + rows.start
     codes, scales, table, *rest = weight.addresses
-    arguments = np.array(
-        (
-            *(0, len(rows), weight.kind, first, weight.chunks),
-            *(codes, scales, table + TABLE_BYTES * matrix if table else 0, *rest),
-            *(weight.order.ctypes.data, OFFSETS[weight.kind], weight.in_features, out.data_ptr()),
-        )
+    arguments = (
+        *(len(rows), weight.kind, first, weight.chunks),
+        *(codes, scales, table + TABLE_BYTES * matrix if table else 0, *rest),
+        *(weight.order_address, OFFSETS[weight.kind], weight.in_features, out.data_ptr()),
     )
-    run("decode", arguments, tasks=len(rows), num_bytes=4 * out.numel())
+    run(Stage("decode", arguments, tasks=len(rows), num_bytes=4 * out.numel()))
     return out
-
-
-def _quantize(x: Tensor, weight: PackedPrepared) -> np.ndarray:
-    """fp32 [T, K] as the kernels of `weight` take it: uint8 [T * chunks * 640]."""
-    if x.stride(1) != 1:
-        x = x.contiguous()
-    tokens = x.shape[0]
-    out = _aligned(tokens * weight.chunks * CHUNK_BYTES)
-    arguments = np.array(
-        (
-            *(0, tokens, weight.in_features, x.data_ptr(), x.stride(0) * x.element_size()),
-            *(out.ctypes.data, weight.order.ctypes.data, OFFSETS[weight.kind]),
-        )
-    )
-    run("quantize", arguments, tasks=tokens, num_bytes=out.size)
-    return out
-
-
-def _product(
-    inputs: np.ndarray, weight: PackedPrepared, segments: np.ndarray, entries: np.ndarray, out: Tensor
-) -> None:
-    tasks = len(segments) * -(-weight.out_features // TILE)
-    arguments = np.array(
-        (
-            *(0, tasks, weight.kind, weight.out_features, weight.chunks),
-            *weight.addresses,
-            *(segments.ctypes.data, entries.ctypes.data, inputs.ctypes.data, out.data_ptr()),
-        )
-    )
-    matrix_bytes = weight.num_bytes // weight.codes.shape[0]
-    run("product", arguments, tasks=tasks, num_bytes=matrix_bytes * max(len(segments), len(entries) // TOKENS))
 
 
 def _dense(x: Tensor, weight: PackedPrepared, matrix: int) -> Tensor:
@@ -102,10 +98,3 @@ def _dense(x: Tensor, weight: PackedPrepared, matrix: int) -> Tensor:
         rows = range(first, min(first + step, n))
         torch.mm(decode(weight, matrix, rows), x.t(), out=out[rows.start : rows.stop])
     return out.t()
-
-
-def _aligned(size: int) -> np.ndarray:
-    """`size` bytes at a multiple of 64, where a load of 64 never crosses a cache line."""
-    room = np.empty(size + 64, dtype=np.uint8)
-    start = -room.ctypes.data % 64
-    return room[start : start + size]

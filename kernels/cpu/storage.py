@@ -9,8 +9,9 @@ from functools import lru_cache
 import torch
 
 from kernels import reference
+from kernels.cpu.dense import halve
 from kernels.cpu.packed import pack
-from kernels.cpu.threads import kernels
+from kernels.cpu.threads import compile_all
 from kernels.operands import CcqWeight, DenseWeight, Int4Weight, Int8Weight, Weight
 from kernels.prepared import Prepared, dense
 
@@ -22,10 +23,15 @@ when they are wanted, and torch's product with them takes less time (benchmarks/
 
 
 def prepare(weight: Weight, *, dtype: torch.dtype, device: torch.device) -> Prepared:
-    """WINT2, INT4 and INT8 stay packed from `PACKED_WEIGHTS` on; everything else is decoded to `dtype`."""
+    """From `PACKED_WEIGHTS` on, WINT2, INT4 and INT8 stay packed, and what was stored as bf16 stays in 16 bits;
+    everything else is decoded to `dtype`."""
+    compile_all()  # while loading, rather than in the first step
     if isinstance(weight, CcqWeight | Int4Weight | Int8Weight) and _count(weight) >= PACKED_WEIGHTS:
-        kernels()  # compiled here, while loading, rather than in the first step
         return pack(weight)
+    if isinstance(weight, DenseWeight) and weight.weight.numel() >= PACKED_WEIGHTS and dtype == torch.float32:
+        half = halve(weight.weight)
+        if half is not None:
+            return half
     prepared = reference.prepare(weight, dtype=dtype, device=device)
     if not isinstance(weight, DenseWeight | CcqWeight | Int4Weight | Int8Weight):
         shape = tuple(dense(prepared).weight.shape)

@@ -3,7 +3,7 @@
 from kernels.gpu.activation import silu_and_mul
 from kernels.gpu.attention import paged_attention
 from kernels.gpu.cache import store_kv
-from kernels.gpu.embedding import embedding
+from kernels.gpu.embedding import embedding, prepare_embedding
 from kernels.gpu.experts import fused_moe
 from kernels.gpu.linear import linear, prepare
 from kernels.gpu.metadata import attention_metadata, decode_metadata
@@ -20,6 +20,7 @@ __all__ = [
     "linear",
     "paged_attention",
     "prepare",
+    "prepare_embedding",
     "rms_norm",
     "rotary",
     "rotary_store_kv",

@@ -17,7 +17,9 @@ def silu_and_mul(x: Tensor) -> Tensor:
     """``silu(x[:, :I]) * x[:, I:]``: [T, 2I] -> [T, I], rounded between the two as the reference does."""
     tokens, width = x.shape[0], x.shape[1] // 2
     out = torch.empty((tokens, width), dtype=x.dtype, device=x.device)
-    gated[(tokens, triton.cdiv(width, BLOCK))](x, out, x.stride(0), width, BLOCK=BLOCK, num_warps=WARPS)
+    gated[(tokens, triton.cdiv(width, BLOCK))](
+        x, out, x.stride(0), width, BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=True
+    )
     return out
 
 

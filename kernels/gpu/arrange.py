@@ -14,27 +14,40 @@ def arrange_kernel(
     order_ptr,
     out_ptr,
     unit_ptr,
+    sums_ptr,
     K,
+    padded,
     stride,
-    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    RUN: tl.constexpr,
     PERMUTE: tl.constexpr,
+    SHIFT: tl.constexpr,
+    SUMS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """A row of activations in the order of packed weights, as fp16 times a power of two.
 
     bf16 has a wider range than fp16 and fewer bits, so with the row's largest in [2^14, 2^15) every element down to
-    2^-28 of it is exact. One program a row: the second reading comes from L2.
+    2^-28 of it is exact, less the shift of its field. One program a row: the second reading comes from L2.
 
     Args:
         x_ptr: [T, stride] rows of K.
-        order_ptr: int32 [ROWS], `Packed.order`; read with PERMUTE only.
-        out_ptr: fp16, or fp32 if x is (then unscaled) [T, K].
-        unit_ptr: fp32 [T], by which sums are to be multiplied.
+        order_ptr: int32 [TILE], `Packed.order`; read with PERMUTE only.
+        out_ptr: fp16, or fp32 if x is (then unscaled) [T, padded]; zeros from K on.
+        unit_ptr: fp32 [T], by which sums of products are to be multiplied.
+        sums_ptr: fp32 [T, padded / TILE, GROUPS], sums over the activations of each group as they are in `out`, each
+            times the power of two that it was divided by; written with SUMS.
         K: input features.
+        padded: K filled up to whole tiles.
         stride: of rows of x.
-        ROWS: input features of a tile.
+        TILE: input features of a tile.
+        GROUPS: groups of a tile.
+        RUN: `Packed.run`.
         PERMUTE: whether they stand in another order.
-        BLOCK: elements at a time.
+        SHIFT: whether activations are divided by the powers of two in `order`.
+        SUMS: whether sums are wanted.
+        BLOCK: elements at a time, a multiple of TILE.
     """
     row = tl.program_id(0).to(tl.int64)
     x_row = x_ptr + row * stride
@@ -50,13 +63,26 @@ def arrange_kernel(
         factor = (exponent << 23).to(tl.float32, bitcast=True)
         unit = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
     tl.store(unit_ptr + row, unit)
-    for start in range(0, K, BLOCK):
+    for start in range(0, padded, BLOCK):
         place = start + tl.arange(0, BLOCK)
         source = place
+        shift = tl.zeros((BLOCK,), dtype=tl.int32)
         if PERMUTE:
-            source = place // ROWS * ROWS + tl.load(order_ptr + place % ROWS)
-        value = tl.load(x_row + source, mask=place < K, other=0.0).to(tl.float32) * factor
-        tl.store(out_ptr + row * K + place, value.to(out_ptr.dtype.element_ty), mask=place < K)
+            order = tl.load(order_ptr + place % TILE)
+            source = place // TILE * TILE + (order & 0xFFFF)
+            if SHIFT:
+                shift = order >> 16
+        value = tl.load(x_row + source, mask=source < K, other=0.0).to(tl.float32) * factor
+        value *= ((127 - shift) << 23).to(tl.float32, bitcast=True)
+        value = value.to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + row * padded + place, value, mask=place < padded)
+        if SUMS:
+            whole = value.to(tl.float32) * ((127 + shift) << 23).to(tl.float32, bitcast=True)
+            parts = tl.reshape(whole, (BLOCK // TILE, TILE // (GROUPS * RUN), GROUPS, RUN))
+            parts = tl.sum(tl.sum(parts, axis=3), axis=1)  # [tiles, GROUPS]
+            tile = start // TILE + tl.arange(0, BLOCK // TILE)
+            at = (row * (padded // TILE) + tile[:, None]) * GROUPS + tl.arange(0, GROUPS)[None, :]
+            tl.store(sums_ptr + at, parts, mask=tile[:, None] < padded // TILE)
 
 
 @triton.jit(do_not_specialize=["T", "splits"])
@@ -117,6 +143,7 @@ def variants() -> list[Variant]:
         "T": "i32",
         "P": "i32",
         "K": "i32",
+        "padded": "i32",
         "N": "i32",
         "H": "i32",
         "inner": "i32",
@@ -125,7 +152,7 @@ def variants() -> list[Variant]:
     }
     types = {"x_ptr": "*bf16", "order_ptr": "*i32", "unit_ptr": "*fp32", "sums_ptr": "*fp32", "bias_ptr": "*bf16"}
     types |= {"weights_ptr": "*fp32", "out_ptr": "*bf16"} | sizes
-    aligned = (*(name for name in types if name.endswith("_ptr")), "K", "N", "H", "inner", "stride")
+    aligned = (*(name for name in types if name.endswith("_ptr")), "K", "padded", "N", "H", "inner", "stride")
 
     def one(name: str, fn: triton.JITFunction, warps: int, other: dict[str, str], **constexprs: object) -> Variant:
         chosen = {n: (types | other)[n] for n in fn.arg_names if n not in constexprs}
@@ -133,8 +160,11 @@ def variants() -> list[Variant]:
         return Variant(name, fn, chosen, constexprs, num_warps=warps, aligned=present)
 
     return [
-        one("arrange", arrange_kernel, 8, {"out_ptr": "*fp16"}, ROWS=256, PERMUTE=True, BLOCK=4096),
+        one(
+            "arrange", arrange_kernel, 8, {"out_ptr": "*fp16"},
+            TILE=256, GROUPS=4, RUN=2, PERMUTE=True, SHIFT=True, SUMS=True, BLOCK=4096,
+        ),
         one("finish", finish_kernel, 4, {}, BIAS=True, BLOCK=1024),
         one("activate", activate_kernel, 4, {}, BLOCK=512),
         one("combine", combine_kernel, 4, {}, TOP_K=8, BLOCK=512),
-    ]
+    ]  # fmt: skip

@@ -13,6 +13,9 @@ Bytes: with M = 16, each number of a bf16 key or value takes part in 16 multiply
 cores do 150 in the time a byte takes, so that padding G to 16 rows costs no time. Int8 halves the bytes: a key's scale
 multiplies its scores and a value's scale its weights, M x N products for a tile of N keys in place of N x D, and the
 conversion of the integers to the compute dtype is exact.
+
+A head of D features is computed as one of PADDED, the next power of two, of which nothing but zeros is added to it:
+only D are read and written.
 """
 
 from __future__ import annotations
@@ -29,8 +32,9 @@ TINY = tl.constexpr(1e-30)
 def attend(
     q, out, parts, sizes, keys, values, key_scales, value_scales, block_tables, query_start, context_lens,
     q_stride, q_head_stride, table_stride, requests, splits, scale,
-    GROUP: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, SHORT: tl.constexpr, DECODE: tl.constexpr, SPLIT: tl.constexpr,
+    GROUP: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, M: tl.constexpr, N: tl.constexpr, SHORT: tl.constexpr, DECODE: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries against all keys it may see, or against a part of them.
 
@@ -77,40 +81,42 @@ def attend(
     query = first + rows // GROUP
     valid = (rows < QUERIES * GROUP) & (query < count)
     heads = head * GROUP + rows % GROUP
-    columns = tl.arange(0, HEAD_DIM)
+    columns = tl.arange(0, PADDED)
+    stored = valid[:, None] if PADDED == HEAD_DIM else valid[:, None] & (columns < HEAD_DIM)[None, :]
     q_rows = (start + query).to(tl.int64) * q_stride + heads * q_head_stride
-    queries = tl.load(q + q_rows[:, None] + columns[None, :], mask=valid[:, None], other=0.0)  # [M, D]
+    queries = tl.load(q + q_rows[:, None] + columns[None, :], mask=stored, other=0.0)  # [M, D]
     positions = context - count + query
     table = block_tables + request.to(tl.int64) * table_stride
 
     total = tl.zeros([M], tl.float32)
     peak = tl.full([M], LOWEST, tl.float32)
-    mean = tl.zeros([M, HEAD_DIM], tl.float32)
+    mean = tl.zeros([M, PADDED], tl.float32)
     plain = begin + tl.maximum(tl.minimum(end, past + 1) - begin, 0) // N * N
     for offset in range(begin, plain, N):
         mean, total, peak = extend(
             mean, total, peak, queries, positions, offset, end, table, keys, values, key_scales, value_scales, head,
-            scale, KV_HEADS, HEAD_DIM, BLOCK_SIZE, N, False,
+            scale, KV_HEADS, HEAD_DIM, PADDED, BLOCK_SIZE, N, False,
         )  # fmt: skip
     for offset in tl.range(plain, end, N, num_stages=1):
         mean, total, peak = extend(
             mean, total, peak, queries, positions, offset, end, table, keys, values, key_scales, value_scales, head,
-            scale, KV_HEADS, HEAD_DIM, BLOCK_SIZE, N, True,
+            scale, KV_HEADS, HEAD_DIM, PADDED, BLOCK_SIZE, N, True,
         )  # fmt: skip
     mean = mean / tl.maximum(total, TINY)[:, None]
     if SPLIT:
         part = ((request * KV_HEADS + head) * splits + tl.program_id(2)).to(tl.int64) * M + rows
-        tl.store(parts + part[:, None] * HEAD_DIM + columns[None, :], mean, mask=valid[:, None])
+        tl.store(parts + part[:, None] * HEAD_DIM + columns[None, :], mean, mask=stored)
         tl.store(sizes + part, peak + tl.log2(tl.maximum(total, TINY)), mask=valid)
     else:
         out_rows = ((start + query).to(tl.int64) * (KV_HEADS * GROUP) + heads) * HEAD_DIM
-        tl.store(out + out_rows[:, None] + columns[None, :], mean, mask=valid[:, None])
+        tl.store(out + out_rows[:, None] + columns[None, :], mean, mask=stored)
 
 
 @triton.jit
 def extend(
     mean, total, peak, queries, positions, offset, end, table, keys, values, key_scales, value_scales, head, scale,
-    KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr,
+    KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr, N: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     """Take in the keys at positions ``offset ... offset + N - 1``; MASKED where some of them are not to be seen by all.
 
@@ -118,7 +124,7 @@ def extend(
     of fp32 is three of tensor-core precision (tf32x3), nearly as exact as fp32 itself.
     """
     at = offset + tl.arange(0, N)
-    columns = tl.arange(0, HEAD_DIM)
+    columns = tl.arange(0, PADDED)
     if MASKED:
         here = at < end
         block = tl.load(table + at // BLOCK_SIZE, mask=here, other=0).to(tl.int64)
@@ -126,8 +132,14 @@ def extend(
         block = tl.load(table + at // BLOCK_SIZE).to(tl.int64)
     row = ((block * BLOCK_SIZE + at % BLOCK_SIZE) * KV_HEADS + head) * HEAD_DIM
     where = row[:, None] + columns[None, :]
-    if MASKED:
-        k = tl.load(keys + where, mask=here[:, None], other=0)  # [N, D]
+    if PADDED != HEAD_DIM:
+        stored = tl.broadcast_to((columns < HEAD_DIM)[None, :], (N, PADDED))
+        if MASKED:
+            stored = stored & here[:, None]
+        k = tl.load(keys + where, mask=stored, other=0)  # [N, D]
+        v = tl.load(values + where, mask=stored, other=0)
+    elif MASKED:
+        k = tl.load(keys + where, mask=here[:, None], other=0)
         v = tl.load(values + where, mask=here[:, None], other=0)
     else:
         k = tl.load(keys + where)
@@ -158,8 +170,8 @@ def extend(
 @triton.jit(do_not_specialize=["splits"])
 def combine(
     parts, sizes, out, query_start, context_lens, splits,
-    GROUP: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-    SHORT: tl.constexpr, SPLITS: tl.constexpr,
+    GROUP: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED: tl.constexpr, M: tl.constexpr,
+    N: tl.constexpr, SHORT: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """Mean of the parts of `attend`, weighted by their sizes: one row [D] of the output from all of its parts at once.
 
@@ -174,14 +186,16 @@ def combine(
     end = tl.minimum(end, end - count + M // GROUP)
     used = tl.cdiv(end, keys_of_a_split(end, splits, N))
     split = tl.arange(0, SPLITS)
-    columns = tl.arange(0, HEAD_DIM)
+    columns = tl.arange(0, PADDED)
+    stored = columns < HEAD_DIM
     part = ((request * KV_HEADS + head) * splits + split).to(tl.int64) * M + row
     size = tl.load(sizes + part, mask=split < used, other=LOWEST)
     weight = tl.where(split < used, tl.exp2(size - tl.max(size, 0)), 0.0)
-    mean = tl.load(parts + part[:, None] * HEAD_DIM + columns[None, :], mask=split[:, None] < used, other=0.0)
+    there = (split < used)[:, None] & stored[None, :]
+    mean = tl.load(parts + part[:, None] * HEAD_DIM + columns[None, :], mask=there, other=0.0)
     mean = tl.sum(mean * weight[:, None], 0) / tl.maximum(tl.sum(weight, 0), TINY)
     target = ((start + row // GROUP).to(tl.int64) * (KV_HEADS * GROUP) + head * GROUP + row % GROUP) * HEAD_DIM
-    tl.store(out + target + columns, mean)
+    tl.store(out + target + columns, mean, mask=stored)
 
 
 @triton.jit

@@ -20,7 +20,8 @@ from kernels.metadata import AttentionMetadata
 
 logger = logging.getLogger(__name__)
 
-HEAD_DIMS = (64, 128)
+MAX_HEAD_DIM = 256
+"""Features of a head, at most: larger tiles would not fit the registers."""
 LOG2E = 1.4426950408889634
 MIN_ROWS = 16
 """The least M of a tensor-core product."""
@@ -77,15 +78,19 @@ PREFILL = {
 (`variants`, compiled). Before Hopper, each warp has rows of its own and converts all the integers itself, so more warps
 would convert more often. Half of the stages are for the block tables, whose entries must be there before the addresses
 of the keys are known: five stages keep two tiles of keys and values on the way."""
+WIDE_PREFILL = Tiles(64, 32, num_warps=8, num_stages=3)
+"""Likewise for heads of more than 128 features, and those that are filled up, whose masks want registers too."""
 DECODE = Tiles(MIN_ROWS, 64, num_warps=4, num_stages=5)
 """In bf16, two tiles of 32 KiB: on an H100 or H200 three such programs fit a multiprocessor, and what they have on the
 way is several times the 29 KiB that cover a latency of 0.8 us at its share of 4.8 TB/s."""
+WIDE_DECODE = Tiles(MIN_ROWS, 32, num_warps=4, num_stages=5)
+"""As many bytes, for heads of more than 128 features."""
 
 
 def paged_attention(q: Tensor, cache: LayerCache, metadata: AttentionMetadata, *, scale: float) -> Tensor:
     """See `ops.paged_attention`; D of `q` contiguous.
 
-    Heads of other sizes than `HEAD_DIMS` go to FlashAttention or, slowly, to `kernels.reference`.
+    Heads of more than `MAX_HEAD_DIM` features go to FlashAttention or, slowly, to `kernels.reference`.
 
     Raises:
         TypeError: the metadata was made for another device.
@@ -96,7 +101,7 @@ def paged_attention(q: Tensor, cache: LayerCache, metadata: AttentionMetadata, *
         return flash.attention(
             q, cache, metadata, max_queries=metadata.max_queries, max_context=metadata.max_context, scale=scale
         )
-    if q.shape[2] not in HEAD_DIMS:
+    if q.shape[2] > MAX_HEAD_DIM:
         _warn_of_head_dim(q.shape[2])
         return reference.paged_attention(q, cache, metadata, scale=scale)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -107,6 +112,22 @@ def paged_attention(q: Tensor, cache: LayerCache, metadata: AttentionMetadata, *
     if metadata.max_queries > short:
         _prefill(q, cache, metadata, scale, short=short, out=out)
     return out
+
+
+def padded_dim(head_dim: int) -> int:
+    """Features that a head of `head_dim` is computed with; a tensor core's product sums over 16 at least."""
+    return max(16, int(triton.next_power_of_2(head_dim)))
+
+
+def tiles_for(q: Tensor, *, quantized: bool, decode: bool) -> Tiles:
+    """Sizes of a program for queries [T, heads, D]; `quantized`: over an int8 cache."""
+    if q.dtype == torch.float32:
+        return FP32["decode" if decode else "prefill"]
+    padded = padded_dim(q.shape[2])
+    if decode:
+        return WIDE_DECODE if padded > 128 else DECODE
+    wide = padded > 128 or padded > q.shape[2]
+    return WIDE_PREFILL if wide else PREFILL[_gpu(q.device).capability, quantized]
 
 
 def rows_of(tiles: Tiles, group: int) -> int:
@@ -131,8 +152,7 @@ def num_splits(programs: int, max_context: int, multiprocessors: int) -> int:
 def _prefill(
     q: Tensor, cache: LayerCache, metadata: GpuAttentionMetadata, scale: float, *, short: int, out: Tensor
 ) -> None:
-    wide = q.dtype == torch.float32
-    tiles = FP32["prefill"] if wide else PREFILL[_gpu(q.device).capability, cache.quantized]
+    tiles = tiles_for(q, quantized=cache.quantized, decode=False)
     group = q.shape[1] // cache.num_kv_heads
     rows = rows_of(tiles, group)
     requests = len(metadata.context_lens)
@@ -141,16 +161,16 @@ def _prefill(
         q, out, None, None, cache.keys, cache.values, cache.key_scales, cache.value_scales,
         metadata.block_tables, metadata.query_start, metadata.context_lens,
         q.stride(0), q.stride(1), metadata.block_tables.stride(0), requests, 1, scale * LOG2E,
-        GROUP=group, KV_HEADS=cache.num_kv_heads, HEAD_DIM=q.shape[2], BLOCK_SIZE=metadata.block_size,
-        M=rows, N=tiles.keys, SHORT=short, DECODE=False, SPLIT=False,
-        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        GROUP=group, KV_HEADS=cache.num_kv_heads, HEAD_DIM=q.shape[2], PADDED=padded_dim(q.shape[2]),
+        BLOCK_SIZE=metadata.block_size, M=rows, N=tiles.keys, SHORT=short, DECODE=False, SPLIT=False,
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
 
 
 def _decode(
     q: Tensor, cache: LayerCache, metadata: GpuAttentionMetadata, scale: float, *, short: int, out: Tensor
 ) -> None:
-    tiles = FP32["decode"] if q.dtype == torch.float32 else DECODE
+    tiles = tiles_for(q, quantized=cache.quantized, decode=True)
     kv_heads, head_dim = cache.num_kv_heads, q.shape[2]
     group = q.shape[1] // kv_heads
     rows = rows_of(tiles, group)
@@ -164,15 +184,15 @@ def _decode(
         q, out, parts, sizes, cache.keys, cache.values, cache.key_scales, cache.value_scales,
         metadata.block_tables, metadata.query_start, metadata.context_lens,
         q.stride(0), q.stride(1), metadata.block_tables.stride(0), requests, splits, scale * LOG2E,
-        GROUP=group, KV_HEADS=kv_heads, HEAD_DIM=head_dim, BLOCK_SIZE=metadata.block_size,
+        GROUP=group, KV_HEADS=kv_heads, HEAD_DIM=head_dim, PADDED=padded_dim(head_dim), BLOCK_SIZE=metadata.block_size,
         M=rows, N=tiles.keys, SHORT=short, DECODE=True, SPLIT=splits > 1,
-        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     if splits > 1:
         combine[(requests, min(short, metadata.max_queries) * group, kv_heads)](
             parts, sizes, out, metadata.query_start, metadata.context_lens, splits,
-            GROUP=group, KV_HEADS=kv_heads, HEAD_DIM=head_dim, M=rows, N=tiles.keys, SHORT=short,
-            SPLITS=triton.next_power_of_2(splits), num_warps=4,
+            GROUP=group, KV_HEADS=kv_heads, HEAD_DIM=head_dim, PADDED=padded_dim(head_dim), M=rows, N=tiles.keys,
+            SHORT=short, SPLITS=triton.next_power_of_2(splits), num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
 
 
@@ -188,20 +208,30 @@ def _gpu(device: torch.device) -> Gpu:
 def _warn_of_head_dim(head_dim: int) -> None:
     """Once for each size."""
     logger.warning(
-        "attention heads of %d features have no GPU kernel (those of %s have): attention runs as plain torch, slowly",
+        "attention heads of %d features have no GPU kernel (those of up to %d have): attention runs as plain torch, "
+        "slowly, and only with enforce_eager: true",
         head_dim,
-        ", ".join(map(str, HEAD_DIMS)),
+        MAX_HEAD_DIM,
     )
 
 
 def variants() -> list[Variant]:
-    """ERNIE-4.5-300B-A47B on one GPU, bf16 and int8 caches: prefill, decode whole and in parts, the sum of parts."""
+    """ERNIE-4.5-300B-A47B on one GPU, bf16 and int8 caches: prefill, decode whole and in parts, the sum of parts.
+
+    And the same with heads of other sizes: 64, and 80 and 256, which are computed as 128 and with smaller tiles.
+    """
     return [
         *(
             _variant(f"prefill sm_{capability}", tiles, quantized=quantized, head_dim=head_dim, only=(capability,))
             for (capability, quantized), tiles in PREFILL.items()
-            for head_dim in HEAD_DIMS
+            for head_dim in (64, 128)
         ),
+        *(
+            _variant(kind, tiles, quantized=quantized, head_dim=256)
+            for kind, tiles in (("prefill", WIDE_PREFILL), ("decode split", WIDE_DECODE))
+            for quantized in (False, True)
+        ),
+        _variant("prefill", WIDE_PREFILL, quantized=True, head_dim=80),
         *(
             _variant(kind, DECODE, quantized=quantized, head_dim=head_dim)
             for kind, head_dim in (("decode", 128), ("decode split", 64), ("decode split", 128))
@@ -215,7 +245,7 @@ def variants() -> list[Variant]:
                 "splits": "i32",
             },
             constexprs={
-                "GROUP": 8, "KV_HEADS": 8, "HEAD_DIM": 128, "M": MIN_ROWS, "N": DECODE.keys, "SHORT": 2,
+                "GROUP": 8, "KV_HEADS": 8, "HEAD_DIM": 128, "PADDED": 128, "M": MIN_ROWS, "N": DECODE.keys, "SHORT": 2,
                 "SPLITS": MAX_SPLITS,
             },
             num_warps=4,
@@ -242,8 +272,8 @@ def _variant(kind: str, tiles: Tiles, *, quantized: bool, head_dim: int, only: t
         constexprs={
             **({} if split else dict.fromkeys(partial)),
             **({} if quantized else dict.fromkeys(scales)),
-            "GROUP": 8, "KV_HEADS": 8, "HEAD_DIM": head_dim, "BLOCK_SIZE": 16, "M": tiles.rows, "N": tiles.keys,
-            "SHORT": 2, "DECODE": kind.startswith("decode"), "SPLIT": split,
+            "GROUP": 8, "KV_HEADS": 8, "HEAD_DIM": head_dim, "PADDED": padded_dim(head_dim), "BLOCK_SIZE": 16,
+            "M": tiles.rows, "N": tiles.keys, "SHORT": 2, "DECODE": kind.startswith("decode"), "SPLIT": split,
         },
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,

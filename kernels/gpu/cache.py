@@ -27,7 +27,7 @@ def store_kv(k: Tensor, v: Tensor, cache: LayerCache, slot_mapping: Tensor) -> N
         k, v, cache.keys, cache.values, cache.key_scales, cache.value_scales, slot_mapping,
         k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         KV_HEADS=kv_heads, HEAD_DIM=head_dim, PADDED=triton.next_power_of_2(head_dim), HEADS=heads,
-        BLOCK_SIZE=cache.block_size, num_warps=WARPS,
+        BLOCK_SIZE=cache.block_size, num_warps=WARPS, enable_fp_fusion=True,
     )  # fmt: skip
 
 

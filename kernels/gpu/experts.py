@@ -10,11 +10,11 @@ from kernels.gpu.arrange import activate_kernel, combine_kernel
 from kernels.gpu.linear import pieces
 from kernels.gpu.pack import GpuPrepared
 from kernels.gpu.routing import sort_pairs
+from kernels.gpu.shapes import shape_for
 from kernels.prepared import Prepared
 
 BLOCK = 512
 """Features of a program between the products: a few hundred programs for one token's eight experts."""
-SMALLEST = launch.SHAPES[0].rows
 
 
 def fused_moe(x: Tensor, gate_up: Prepared, down: Prepared, weights: Tensor, ids: Tensor) -> Tensor:
@@ -32,13 +32,15 @@ def fused_moe(x: Tensor, gate_up: Prepared, down: Prepared, weights: Tensor, ids
         return out
     experts = first.parts[0].codes.shape[0]
     # Tokens an expert gets if they spread evenly, but never more rows than there are tokens: its ids in a row differ.
-    shape = launch.shape_for(min(tokens, max(SMALLEST, 2 * triton.cdiv(pairs, experts))))
+    shape = shape_for(min(tokens, 2 * triton.cdiv(pairs, experts)), first, second)
     blocks = sort_pairs(ids, experts=experts, block=shape.rows)
     sums = launch.multiply(x, first, rows=pairs, shape=shape, share=top_k, blocks=blocks)  # [splits, pairs, 2I]
     middle = x.new_empty((pairs, inner))
-    activate_kernel[(pairs, triton.cdiv(inner, BLOCK))](sums, middle, pairs, inner, len(sums), BLOCK=BLOCK)
+    activate_kernel[(pairs, triton.cdiv(inner, BLOCK))](
+        sums, middle, pairs, inner, len(sums), BLOCK=BLOCK, enable_fp_fusion=True
+    )
     sums = launch.multiply(middle, second, rows=pairs, shape=shape, blocks=blocks)  # [splits, pairs, H]
     combine_kernel[(tokens, triton.cdiv(hidden, BLOCK))](
-        sums, weights, out, pairs, hidden, len(sums), TOP_K=top_k, BLOCK=BLOCK
+        sums, weights, out, pairs, hidden, len(sums), TOP_K=top_k, BLOCK=BLOCK, enable_fp_fusion=True
     )
     return out

@@ -13,7 +13,17 @@ from torch import Tensor
 from kernels.gpu import launch, pack
 from kernels.gpu.arrange import finish_kernel
 from kernels.gpu.pack import GpuPrepared, Packed
-from kernels.operands import BitplaneWeight, CcqWeight, DenseWeight, Int4Weight, Int8Weight, SplitWeight, Weight
+from kernels.gpu.shapes import shape_for
+from kernels.operands import (
+    BitplaneWeight,
+    CcqWeight,
+    DenseWeight,
+    GroupedWeight,
+    Int4Weight,
+    Int8Weight,
+    SplitWeight,
+    Weight,
+)
 from kernels.prepared import DensePrepared, Prepared
 from kernels.reference.dequantize import dequantize
 
@@ -24,19 +34,19 @@ FINISH_BLOCK = 1024
 def prepare(weight: Weight, *, dtype: torch.dtype, device: torch.device) -> Prepared:
     """Re-lay packed weights (`kernels.gpu.pack`); a dense matrix stays as it is, for cuBLAS.
 
-    What has no layout here (`GroupedWeight`, and input features that fill no tile) is decoded to `dtype`, and a warning
+    What has no layout here (input features that fill no tile, groups of odd sizes) is decoded to `dtype`, and a warning
     says so.
     """
     if isinstance(weight, SplitWeight):
         parts = [prepare(part, dtype=dtype, device=device) for part in weight.parts]
         if all(isinstance(part, DensePrepared) for part in parts):
             return DensePrepared.of(torch.cat([p.weight for p in parts if isinstance(p, DensePrepared)], dim=-1))
-        return GpuPrepared(tuple(piece for part in parts for piece in pieces(part)))
+        return GpuPrepared(tuple(piece for part in parts for piece in pieces(part)), dtype)
     # fp32 is for comparisons: on a GPU its products would not be exact, and the interpreter has nothing to save.
     whole = isinstance(weight, DenseWeight) or (dtype == torch.float32 and device.type != "cpu")
     packed = None if whole else _pack(weight, device)
     if packed is not None:
-        return GpuPrepared((packed,))
+        return GpuPrepared((packed,), dtype)
     decoded = DensePrepared.of(dequantize(weight, dtype).to(device).contiguous())
     if not isinstance(weight, DenseWeight):
         logger.warning(
@@ -59,6 +69,8 @@ def _pack(weight: Weight, device: torch.device) -> Packed | None:
         return pack.ccq(moved)
     if isinstance(moved, BitplaneWeight):
         return pack.planes(moved)
+    if isinstance(moved, GroupedWeight):
+        return pack.grouped(moved)
     return None
 
 
@@ -85,7 +97,7 @@ def linear(x: Tensor, weight: Prepared, bias: Tensor | None = None) -> Tensor:
     tokens, features = x.shape[0], weight.out_features
     if not tokens:
         return x.new_empty((0, features))
-    sums = launch.multiply(x, packed, rows=tokens, shape=launch.shape_for(tokens), bias=bias)
+    sums = launch.multiply(x, packed, rows=tokens, shape=shape_for(tokens, packed), bias=bias)
     if len(sums) == 1:
         return sums[0]
     out = x.new_empty((tokens, features))
@@ -98,5 +110,6 @@ def linear(x: Tensor, weight: Prepared, bias: Tensor | None = None) -> Tensor:
         len(sums),
         BIAS=bias is not None,
         BLOCK=FINISH_BLOCK,
+        enable_fp_fusion=True,
     )
     return out

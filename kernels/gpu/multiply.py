@@ -1,4 +1,7 @@
-"""The product with packed weights: one kernel for decode and prefill, for one matrix and for experts."""
+"""The product with packed weights: one kernel for decode and prefill, for one matrix and for experts.
+
+`kernels.gpu.grouped` has another for few rows and weights whose scales change along the input features.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,12 @@ import triton
 import triton.language as tl
 
 from kernels.gpu import decode
+from kernels.gpu.pack import FIELDS, Layout
+from kernels.gpu.shapes import SHAPES, Shape, features_for
+from kernels.gpu.variant import Variant
+
+_CCQ_EXPONENT = tl.constexpr(decode.POSITION - decode.CCQ_LOW - decode.CCQ_SCALE)
+_CCQ_UNIT = tl.constexpr(2.0**decode.CCQ_SCALE)
 
 
 # Sizes that change from step to step must not make new kernels.
@@ -18,6 +27,7 @@ def multiply_kernel(
     group_ptr,
     multiplier_ptr,
     addend_ptr,
+    exact_ptr,
     slot_ptr,
     expert_ptr,
     bias_ptr,
@@ -29,11 +39,13 @@ def multiply_kernel(
     split_tiles,
     group_rows,
     x_stride,
+    column_stride,
     first_split,
     LAYOUT: tl.constexpr,
     WORDS: tl.constexpr,
     PLANES: tl.constexpr,
-    GROUP_SIZE: tl.constexpr,
+    GROUP_TILES: tl.constexpr,
+    GROUPS: tl.constexpr,
     Q: tl.constexpr,
     BN: tl.constexpr,
     BT: tl.constexpr,
@@ -58,6 +70,7 @@ def multiply_kernel(
         group_ptr: `Packed.group_scales`, CCQ and bit planes only.
         multiplier_ptr: `Packed.multiplier`, CCQ only.
         addend_ptr: `Packed.addend`, CCQ only.
+        exact_ptr: `Packed.exact`, for CCQ_MIXED only.
         slot_ptr: int32 [blocks, BT], rows of `out` in a block, T or more where there is none; with EXPERTS.
         expert_ptr: int32 [blocks], -1 for an empty block; with EXPERTS.
         bias_ptr: [N], with BIAS.
@@ -67,14 +80,16 @@ def multiply_kernel(
         K: input features.
         tiles: along K.
         split_tiles: tiles of a program.
-        group_rows: rows of `Packed.group_scales`.
+        group_rows: groups of a column in `group_ptr`, bit planes only.
         x_stride: of rows of x.
+        column_stride: 1, or 0 for one codebook.
         first_split: of this part of a split weight.
         LAYOUT: `Packed.layout`.
-        WORDS: of CCQ, see `decode.ccq`.
+        WORDS: of CCQ, see `decode`.
         PLANES: bit planes.
-        GROUP_SIZE: of bit planes.
-        Q: bytes of a tile's column.
+        GROUP_TILES: of bit planes: tiles of a group, if it has more than one.
+        GROUPS: of a tile.
+        Q: elements of a tile's column.
         BN: output features of a program.
         BT: rows of x of a program.
         EXPERTS: blocks of tokens sorted by expert; otherwise block b is the rows from ``b BT``.
@@ -83,97 +98,195 @@ def multiply_kernel(
         ASM: see `kernels.gpu.decode`.
     """
     block = tl.program_id(0)
-    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    start = tl.program_id(1) * BN
+    n = start + tl.arange(0, BN)
     split = tl.program_id(2)
     t = tl.arange(0, BT)
     q = tl.arange(0, Q)
     dtype: tl.constexpr = x_ptr.dtype.element_ty
+    expert = tl.full((), 0, dtype=tl.int64)
+    slot = block * BT + t
     if EXPERTS:
         expert = tl.load(expert_ptr + block).to(tl.int64)
         if expert < 0:
             return
-        slot = tl.load(slot_ptr + block * BT + t)
-    else:
-        expert = tl.full((), 0, dtype=tl.int64)
-        slot = block * BT + t
+        slot = tl.load(slot_ptr + slot)
     present = slot < T
     inside = n < N
-    column = tl.minimum(n, N - 1)  # columns past the end repeat the last, so that loads need no mask
+    column = tl.minimum(n, N - 1)
     row = tl.where(present, slot // SHARE, 0).to(tl.int64)
-    if LAYOUT == "ccq":
-        multiplier = tl.broadcast_to(tl.load(multiplier_ptr + expert * N + column)[:, None], (BN, Q))
-        addend = tl.broadcast_to(tl.load(addend_ptr + expert * N + column)[:, None], (BN, Q))
-
-    acc = tl.zeros((BN, BT), dtype=tl.float32)
     x_rows = x_ptr + row[None, :] * x_stride + q[:, None]  # [Q, BT]
     first = split * split_tiles
-    for tile in range(first, tl.minimum(first + split_tiles, tiles)):
-        at = expert * tiles + tile
-        if LAYOUT == "dense":
+    last = tl.minimum(first + split_tiles, tiles)
+    at = expert * tiles + first
+    # One run of memory: no address depends on where the columns end.
+    run = tl.arange(0, BN)[:, None] * Q + q[None, :]
+
+    acc = tl.zeros((BN, BT), dtype=tl.float32)
+    factor: tl.constexpr = 2.0**_CCQ_EXPONENT if LAYOUT == "ccq" else 1.0
+    if LAYOUT == "dense":
+        for tile in range(first, last):
             k = tile * Q + q
             codes = tl.load(codes_ptr + (expert * N + column[:, None]) * K + k[None, :], mask=k[None, :] < K, other=0.0)
             x = tl.load(x_rows + tile * Q, mask=present[None, :] & (k[:, None] < K), other=0.0)
             acc = tl.dot(codes, x, acc, input_precision="ieee")
-        elif LAYOUT == "int8":
-            codes = tl.load(codes_ptr + (at * N + column[:, None]) * Q + q[None, :])
+    elif LAYOUT == "int8":
+        codes_at = codes_ptr + (at * N + start) * Q + run
+        for tile in range(first, last):
             x = tl.load(x_rows + tile * Q, mask=present[None, :], other=0.0)
-            acc = tl.dot(decode.int8(codes, dtype, ASM), x, acc, input_precision="ieee")
-        elif LAYOUT == "int4":
-            codes = tl.load(codes_ptr + (at * N + column[:, None]) * Q + q[None, :])
-            low, high = decode.int4(codes, dtype, ASM)
+            acc = tl.dot(decode.int8(tl.load(codes_at), dtype, ASM), x, acc, input_precision="ieee")
+            codes_at += N * Q
+    elif LAYOUT == "int4":
+        codes_at = codes_ptr + (at * N + start) * Q + run
+        for tile in range(first, last):
+            low, high = decode.int4(tl.load(codes_at), dtype, ASM)
             x0 = tl.load(x_rows + tile * (2 * Q), mask=present[None, :], other=0.0)
             x1 = tl.load(x_rows + (tile * (2 * Q) + Q), mask=present[None, :], other=0.0)
             acc = tl.dot(low, x0, acc, input_precision="ieee")
             acc = tl.dot(high, x1, acc, input_precision="ieee")
-        elif LAYOUT == "ccq":
-            G: tl.constexpr = Q // 16
-            codes = tl.load(codes_ptr + (at * N + column[:, None]) * Q + q[None, :])
-            group = tile * G + tl.arange(0, G)
-            nibbles = tl.load(group_ptr + (expert * group_rows + group[None, :] // 2) * N + column[:, None])
-            scale = ((nibbles.to(tl.int32) >> (4 - group % 2 * 4)[None, :]) & 15).to(dtype)  # [BN, G]
-            scale = tl.reshape(tl.broadcast_to(scale[:, None, :, None], (BN, 4, G, 4)), (BN, Q))
-            a, b, c, d = decode.ccq(codes, multiplier, addend, scale, WORDS, dtype, ASM)
-            x0 = tl.load(x_rows + tile * (4 * Q), mask=present[None, :], other=0.0)
-            x1 = tl.load(x_rows + (tile * (4 * Q) + Q), mask=present[None, :], other=0.0)
-            x2 = tl.load(x_rows + (tile * (4 * Q) + 2 * Q), mask=present[None, :], other=0.0)
-            x3 = tl.load(x_rows + (tile * (4 * Q) + 3 * Q), mask=present[None, :], other=0.0)
-            acc = tl.dot(a, x0, acc, input_precision="ieee")
-            acc = tl.dot(b, x1, acc, input_precision="ieee")
-            acc = tl.dot(c, x2, acc, input_precision="ieee")
-            acc = tl.dot(d, x3, acc, input_precision="ieee")
+            codes_at += N * Q
+    elif LAYOUT == "ccq":
+        codes_at = codes_ptr + (at * N + start) * Q + run
+        scales_at = group_ptr + at * N + start + tl.broadcast_to(tl.arange(0, BN)[:, None], (BN, GROUPS))
+        multiplier = tl.load(multiplier_ptr + (expert * N + column) * column_stride)
+        addend = tl.load(addend_ptr + (expert * N + column) * column_stride)
+        x_at = x_rows + first * (8 * Q)
+        if WORDS == decode.CCQ_MIXED:
+            if tl.load(exact_ptr + expert * ((N + 127) // 128) + start // 128) != 0:
+                acc = _ccq(
+                    codes_at, scales_at, x_at, present, multiplier, addend, first, last, N,
+                    decode.CCQ_EXACT, GROUPS, Q, BN, BT, dtype, ASM,
+                )  # fmt: skip
+            else:
+                acc = _ccq(
+                    codes_at, scales_at, x_at, present, multiplier, addend, first, last, N,
+                    decode.CCQ_WIDE, GROUPS, Q, BN, BT, dtype, ASM,
+                )  # fmt: skip
         else:
-            GROUPS: tl.constexpr = 1 if GROUP_SIZE >= 8 * Q else 8 * Q // GROUP_SIZE
-            group = tile * (8 * Q) // GROUP_SIZE + tl.arange(0, GROUPS)
-            base = group_ptr + (expert * group_rows + group[None, :]) * (PLANES + 1) * N + column[:, None]
-            bytes_ = ()
+            acc = _ccq(
+                codes_at, scales_at, x_at, present, multiplier, addend, first, last, N,
+                WORDS, GROUPS, Q, BN, BT, dtype, ASM,
+            )  # fmt: skip
+    else:
+        codes_at = codes_ptr + (at * PLANES * N + start) * Q + run
+        x_at = x_rows + first * (16 * Q)
+        base = group_ptr + expert * group_rows * (PLANES + 1) * N + column[:, None]
+        for tile in range(first, last):
+            factors_at = base + (tile // GROUP_TILES * GROUPS + tl.arange(0, GROUPS))[None, :] * ((PLANES + 1) * N)
+            elements = ()
             factors = ()
             for i in tl.static_range(PLANES + 1):
-                factor = tl.load(base + i * N).to(dtype)
-                factors += (tl.reshape(tl.broadcast_to(factor[:, :, None], (BN, GROUPS, Q // GROUPS)), (BN, Q)),)
+                scale = tl.load(factors_at + i * N).to(dtype)
+                factors += (tl.reshape(tl.broadcast_to(scale[:, :, None], (BN, GROUPS, Q // GROUPS)), (BN, Q)),)
             for i in tl.static_range(PLANES):
-                bytes_ += (tl.load(codes_ptr + ((at * PLANES + i) * N + column[:, None]) * Q + q[None, :]),)
-            w0, w1, w2, w3, w4, w5, w6, w7 = decode.planes(bytes_, factors, PLANES, dtype, ASM)
-            x0 = tl.load(x_rows + tile * (8 * Q), mask=present[None, :], other=0.0)
-            x1 = tl.load(x_rows + (tile * (8 * Q) + Q), mask=present[None, :], other=0.0)
-            x2 = tl.load(x_rows + (tile * (8 * Q) + 2 * Q), mask=present[None, :], other=0.0)
-            x3 = tl.load(x_rows + (tile * (8 * Q) + 3 * Q), mask=present[None, :], other=0.0)
-            x4 = tl.load(x_rows + (tile * (8 * Q) + 4 * Q), mask=present[None, :], other=0.0)
-            x5 = tl.load(x_rows + (tile * (8 * Q) + 5 * Q), mask=present[None, :], other=0.0)
-            x6 = tl.load(x_rows + (tile * (8 * Q) + 6 * Q), mask=present[None, :], other=0.0)
-            x7 = tl.load(x_rows + (tile * (8 * Q) + 7 * Q), mask=present[None, :], other=0.0)
-            acc = tl.dot(w0, x0, acc, input_precision="ieee")
-            acc = tl.dot(w1, x1, acc, input_precision="ieee")
-            acc = tl.dot(w2, x2, acc, input_precision="ieee")
-            acc = tl.dot(w3, x3, acc, input_precision="ieee")
-            acc = tl.dot(w4, x4, acc, input_precision="ieee")
-            acc = tl.dot(w5, x5, acc, input_precision="ieee")
-            acc = tl.dot(w6, x6, acc, input_precision="ieee")
-            acc = tl.dot(w7, x7, acc, input_precision="ieee")
+                elements += (tl.load(codes_at + i * N * Q),)
+            fields = decode.planes(elements, factors, PLANES, dtype, ASM)
+            for field in tl.static_range(16):
+                x = tl.load(x_at + field * Q, mask=present[None, :], other=0.0)
+                acc = tl.dot(fields[field], x, acc, input_precision="ieee")
+            codes_at += PLANES * N * Q
+            x_at += 16 * Q
 
     if LAYOUT != "dense":
-        acc = acc * tl.load(column_ptr + expert * N + column)[:, None]
-        acc = acc * tl.load(unit_ptr + row)[None, :]
+        acc *= (tl.load(column_ptr + expert * N + column).to(tl.float32) * factor)[:, None]
+        acc *= tl.load(unit_ptr + row)[None, :]
     if BIAS:
         acc += tl.load(bias_ptr + column).to(tl.float32)[:, None]
     out = out_ptr + ((first_split + split).to(tl.int64) * T + slot[None, :]) * N + n[:, None]
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=present[None, :] & inside[:, None])
+
+
+@triton.jit
+def _ccq(
+    codes_at, scales_at, x_at, present, multiplier, addend, first, last, N,
+    WORDS: tl.constexpr, GROUPS: tl.constexpr, Q: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr,
+    dtype: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """[BN, BT] in units of ``2^(CCQ_LOW - POSITION - CCQ_SCALE)``."""
+    multiplier = tl.broadcast_to(multiplier[:, None], (BN, Q))
+    addend = tl.broadcast_to(addend[:, None], (BN, Q))
+    places = (tl.arange(0, GROUPS) * 4)[None, :]
+    acc = tl.zeros((BN, BT), dtype=tl.float32)
+    for _ in range(first, last):
+        scale = tl.load(scales_at).to(tl.int32) >> places & 15  # [BN, GROUPS]
+        scale = (scale.to(tl.float32) * _CCQ_UNIT).to(dtype)
+        scale = tl.reshape(tl.broadcast_to(scale[:, None, :, None], (BN, 4, GROUPS, 2)), (BN, Q))
+        windows = decode.ccq_scaled(tl.load(codes_at), multiplier, addend, scale, WORDS, dtype, ASM)
+        for field in tl.static_range(8):
+            x = tl.load(x_at + field * Q, mask=present[None, :], other=0.0)
+            acc = tl.dot(windows[field], x, acc, input_precision="ieee")
+        codes_at += N * Q
+        scales_at += N
+        x_at += 8 * Q
+    return acc
+
+
+_SIGNATURE = {
+    "x_ptr": "*fp16",
+    "unit_ptr": "*fp32",
+    "codes_ptr": "*i16",
+    "column_ptr": "*bf16",
+    "group_ptr": "*i16",
+    "multiplier_ptr": "*i32",
+    "addend_ptr": "*i32",
+    "exact_ptr": "*u8",
+    "slot_ptr": "*i32",
+    "expert_ptr": "*i32",
+    "bias_ptr": "*bf16",
+    "out_ptr": "*fp32",
+    "T": "i32",
+    "N": "i32",
+    "K": "i32",
+    "tiles": "i32",
+    "split_tiles": "i32",
+    "group_rows": "i32",
+    "x_stride": "i32",
+    "column_stride": "i32",
+    "first_split": "i32",
+}
+_ALIGNED = (*(name for name in _SIGNATURE if name.endswith("_ptr")), "N", "K", "x_stride")
+_TYPES: dict[Layout, dict[str, str]] = {
+    "dense": {"x_ptr": "*bf16", "unit_ptr": "*bf16", "codes_ptr": "*bf16", "group_ptr": "*bf16"},
+    "int8": {"codes_ptr": "*u8"},
+    "int4": {"codes_ptr": "*u8"},
+    "planes": {"group_ptr": "*fp16", "column_ptr": "*fp32"},
+    "ccq": {},
+}
+
+
+def variants() -> list[Variant]:
+    """Every layout, for eight tokens and for many, as ERNIE-4.5's experts and matrices call it."""
+    layouts: list[tuple[str, Layout, int, int]] = [
+        ("ccq_pair", "ccq", decode.CCQ_PAIR.value, 0),
+        ("ccq_wide", "ccq", decode.CCQ_WIDE.value, 0),
+        ("ccq_exact", "ccq", decode.CCQ_EXACT.value, 0),
+        ("ccq_mixed", "ccq", decode.CCQ_MIXED.value, 0),
+        ("int8", "int8", 0, 0),
+        ("int4", "int4", 0, 0),
+        ("planes2", "planes", 0, 2),
+        ("planes4", "planes", 0, 4),
+        ("dense", "dense", 0, 0),
+    ]
+    calls = [(layout, shape, True) for layout in layouts for shape in (SHAPES[0], SHAPES[-1])]
+    calls += [(layout, SHAPES[1], False) for layout in layouts if layout[0] in ("ccq_wide", "int8", "int4")]
+    return [_variant(*layout, shape=shape, experts=experts) for layout, shape, experts in calls]
+
+
+def _variant(name: str, layout: Layout, words: int, planes: int, *, shape: Shape, experts: bool) -> Variant:
+    features = features_for(layout, shape)
+    elements = 32 if layout in ("ccq", "planes") else 64
+    constants = {"LAYOUT": layout, "WORDS": words, "PLANES": planes, "GROUP_TILES": 1, "Q": elements}
+    constants |= {"GROUPS": {"ccq": 4, "planes": 2}.get(layout, 1)}
+    constants |= {"BN": features, "BT": shape.rows, "EXPERTS": experts, "SHARE": 8 if experts else 1}
+    constants |= {"BIAS": False, "ASM": layout != "dense"}
+    packed_bits = {"dense": 16, "int8": 8, "int4": 4, "ccq": 2, "planes": max(planes, 1)}[layout]
+    return Variant(
+        f"multiply_{name}_{'experts' if experts else 'linear'}_{shape.rows}",
+        multiply_kernel,
+        _SIGNATURE | _TYPES[layout],
+        constants,
+        num_warps=shape.warps,
+        num_stages=shape.stages,
+        aligned=_ALIGNED,
+        packed_bytes=features * elements * FIELDS[layout] * packed_bits // 8,
+    )

@@ -38,7 +38,7 @@ def _launch(
     norm[(tokens,)](
         x, residual, weight, out, total,
         x.stride(0), 0 if residual is None else residual.stride(0), width, eps,
-        BLOCK=block, num_warps=_warps(block),
+        BLOCK=block, num_warps=_warps(block), enable_fp_fusion=True,
     )  # fmt: skip
 
 

@@ -1,13 +1,17 @@
 """Packed weights as the GPU kernels read them: re-laid once, at load.
 
-A matrix is cut along its input features into tiles of Q bytes a column. A byte has W windows (int8 1, int4 2, CCQ 4, a
-bit plane 8), so a tile spans ``Q W`` input features, and window j of byte q meets activation ``tile Q W + j Q + q`` of
-a row arranged in that order (`kernels.gpu.arrange`): whatever order a format has costs nothing while multiplying. The
-bytes of a tile stand column after column, ``codes[..., tile, n, q]``, so that a program's [BN, Q] is one run of memory.
+A matrix is cut along its input features into tiles of Q elements a column. An element (a byte of int8 and int4, 16 bits
+of the others) has F fields, so a tile spans ``Q F`` input features, and field f of element e meets activation
+``tile Q F + f Q + e`` of a row arranged in that order (`kernels.gpu.arrange`): whatever order a format has costs
+nothing while multiplying. The elements of a tile stand column after column, ``codes[..., tile, n, e]``, so that a
+program's [BN, Q] is one run of memory; behind the last column of all, `SPARE` elements may be read.
 
-Bytes taken, against the operand's: int8, int4 the same codes and an fp32 scale a column (2 or 0 bytes more); CCQ the
-same codes and group scales, 12 bytes a column instead of 10; bit planes the same and 4 bytes a column. No tile is
-padded.
+Formats with scales of groups of input features have one or more groups in a tile. Element e is of the tile's group
+``e // run % groups``.
+
+Bytes taken, against the operand's: int8, int4 the same; CCQ the same codes and group scales, and 10 bytes a column, or
+2 where all columns have one codebook; the others the same. Input features that fill no tile are filled up with weights
+of zero: CCQ's to an even number of groups of 64.
 """
 
 from __future__ import annotations
@@ -16,20 +20,26 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.gpu import words
-from kernels.operands import BitplaneWeight, CcqWeight, Int4Weight, Int8Weight
+from kernels.gpu import decode, words
+from kernels.operands import BitplaneWeight, CcqWeight, GroupedWeight, Int4Weight, Int8Weight
 from kernels.reference.dequantize import GROUP
 
-Layout = Literal["dense", "int8", "int4", "ccq", "planes"]
-WINDOWS: dict[Layout, int] = {"dense": 1, "int8": 1, "int4": 2, "ccq": 4, "planes": 8}
-"""Weights in a byte (for dense, in an element)."""
+Layout = Literal["dense", "int8", "int4", "ccq", "planes", "grouped"]
+GROUPED_LAYOUTS = frozenset(("ccq", "planes", "grouped"))
+"""Those whose scales change along the input features; their elements have 16 bits."""
 PLANES = (2, 3, 4)
 """Bit planes that there are kernels for."""
-PLANE_BYTES = (32, 16)
-"""Q of bit planes: 256 input features if they divide K, or 128. Below 32 Triton takes operands through shared
-memory."""
+ELEMENTS = (32, 16)
+"""Q of bit planes and grouped integers: the first that fits. A tensor core's instruction takes 16."""
+LARGEST_TILE_GROUPS = 16
+"""Groups of a tile, at most."""
+BLOCK = 128
+"""Output features that are marked together for exact words; programs take no more of them."""
+SPARE = BLOCK * 64
+"""Elements, or bytes of CCQ: a program reads whole blocks of columns, also where there are fewer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,16 +47,24 @@ class Packed:
     """A matrix, or a stack of E, re-laid. A single matrix is a stack of one.
 
     Attributes:
-        layout: what the bytes are.
-        codes: uint8 [E, tiles, N, Q]; bit planes [E, tiles, planes, N, Q]; dense [E, N, K] in the compute dtype.
-        column_scale: fp32 [E, N], applied to the sums; None for dense.
-        group_scales: CCQ uint8 [E, ceil(K/128), N]; bit planes fp16 [E, K/G, planes + 1, N]; otherwise None.
-        multiplier: CCQ int32 [E, N], see `kernels.gpu.words`; otherwise None.
-        addend: likewise; for `words.PAIR_SHIFT` twice, in the lower and the upper 16 bits.
-        order: int32 [Q W], the input feature of a tile at each of its places; None if they stand in order.
+        layout: what the elements are.
+        codes: uint8 or int16 [E, tiles, N, Q]; bit planes [E, tiles, planes, N, Q]; dense [E, N, K] in the compute
+            dtype.
         in_features: K.
-        word_shift: CCQ: `words.PAIR_SHIFT`, `words.WIDE_SHIFT`, or 0 for fp32.
-        group_size: bit planes: input features of a coefficient.
+        column_scale: [E, N], applied to the sums; None for dense.
+        group_scales: CCQ int16, or int8 for tiles of two groups, [E, tiles, N], 4 bits a group, the first lowest; bit
+            planes fp16 [E, groups, planes + 1, N]; grouped integers [E, groups, N]; otherwise None.
+        zeros: grouped integers uint8 [E, groups, N]; otherwise None.
+        multiplier: CCQ int32 [E, N], or [1] for all columns, see `kernels.gpu.words`; otherwise None.
+        addend: likewise; for `CCQ_PAIR` twice, in the lower and the upper 16 bits.
+        exact: `CCQ_MIXED` uint8 [E, blocks], 1 where multiplier and addend are fp32; otherwise None.
+        order: int32 [Q F]: the input feature of a tile at each of its places, and from bit 16 on, the power of two that
+            the activation is divided by; None if they stand in order.
+        words: of CCQ, see `kernels.gpu.decode`.
+        width: bits of a field of grouped integers.
+        group_size: bit planes and grouped integers: input features of a group.
+        groups: in a tile; 1 if a group has several tiles.
+        run: elements of a tile that stand together and are of one group.
     """
 
     layout: Layout
@@ -54,11 +72,16 @@ class Packed:
     in_features: int
     column_scale: Tensor | None = None
     group_scales: Tensor | None = None
+    zeros: Tensor | None = None
     multiplier: Tensor | None = None
     addend: Tensor | None = None
+    exact: Tensor | None = None
     order: Tensor | None = None
-    word_shift: int = 0
+    words: int = 0
+    width: int = 0
     group_size: int = 0
+    groups: int = 1
+    run: int = 1
 
     @property
     def out_features(self) -> int:
@@ -66,14 +89,24 @@ class Packed:
         return self.codes.shape[1 if self.layout == "dense" else -2]
 
     @property
-    def tile_bytes(self) -> int:
+    def elements(self) -> int:
         """Q; for dense, how many input features a tile has."""
         return 64 if self.layout == "dense" else self.codes.shape[-1]
 
     @property
+    def fields(self) -> int:
+        """F, weights in an element."""
+        return 16 // self.width if self.layout == "grouped" else FIELDS[self.layout]
+
+    @property
+    def tile(self) -> int:
+        """Input features of a tile."""
+        return self.elements * self.fields
+
+    @property
     def tiles(self) -> int:
         """Tiles along K."""
-        return -(-self.in_features // (self.tile_bytes * WINDOWS[self.layout]))
+        return -(-self.in_features // self.tile)
 
     @property
     def planes(self) -> int:
@@ -83,15 +116,25 @@ class Packed:
     @property
     def num_bytes(self) -> int:
         """Memory it takes."""
-        held = (self.codes, self.column_scale, self.group_scales, self.multiplier, self.addend, self.order)
+        held = (self.codes, self.column_scale, self.group_scales, self.zeros)
+        held += (self.multiplier, self.addend, self.exact, self.order)
         return sum(t.numel() * t.element_size() for t in held if t is not None)
+
+
+FIELDS: dict[Layout, int] = {"dense": 1, "int8": 1, "int4": 2, "ccq": 8, "planes": 16}
 
 
 @dataclass(frozen=True, slots=True)
 class GpuPrepared:
-    """What `kernels.gpu.prepare` makes of all but a plain dense matrix: parts side by side along K, usually one."""
+    """What `kernels.gpu.prepare` makes of all but a plain dense matrix: parts side by side along K, usually one.
+
+    Attributes:
+        parts: along K.
+        dtype: of activations; what rows are looked up in, for a table of embeddings.
+    """
 
     parts: tuple[Packed, ...]
+    dtype: torch.dtype = torch.bfloat16
 
     @property
     def out_features(self) -> int:
@@ -114,10 +157,24 @@ def stacked(tensor: Tensor, *, dims: int) -> Tensor:
     return tensor.unsqueeze(0) if tensor.dim() == dims else tensor
 
 
+def _spared(codes: Tensor) -> Tensor:
+    """A contiguous copy, the only one that is made of a view, with `SPARE` elements behind it that may be read."""
+    room = torch.empty(codes.numel() + SPARE, dtype=codes.dtype, device=codes.device)
+    room[codes.numel() :] = 0
+    out = room[: codes.numel()].view(codes.shape)
+    return out.copy_(codes)
+
+
 def _tiled(codes: Tensor, size: int) -> Tensor:
-    """[E, N, bytes] -> [E, tiles, N, Q]."""
+    """[E, N, elements] -> [E, tiles, N, Q]."""
     experts, n, count = codes.shape
-    return codes.view(experts, n, count // size, size).transpose(1, 2).contiguous()
+    return _spared(codes.view(experts, n, count // size, size).transpose(1, 2))
+
+
+def _placed(features: Tensor, positions: list[int]) -> Tensor:
+    """`Packed.order` of features [F, Q] whose field f stands at ``positions[f]`` of the mantissa."""
+    shifts = torch.tensor(positions, dtype=torch.int32) - min(positions)
+    return (features.to(torch.int32) | shifts.unsqueeze(1) << 16).flatten().contiguous()
 
 
 def int8(weight: Int8Weight) -> Packed | None:
@@ -126,9 +183,8 @@ def int8(weight: Int8Weight) -> Packed | None:
     k = values.shape[-1]
     if k % 32:
         return None
-    codes = (values.contiguous().view(torch.uint8) ^ 128).contiguous()
-    scale = stacked(weight.scale, dims=1).float().contiguous()
-    return Packed("int8", _tiled(codes, 64 if k % 64 == 0 else 32), k, column_scale=scale)
+    codes = values.contiguous().view(torch.uint8) ^ 128
+    return Packed("int8", _tiled(codes, 64 if k % 64 == 0 else 32), k, column_scale=stacked(weight.scale, dims=1))
 
 
 def int4(weight: Int4Weight) -> Packed | None:
@@ -141,57 +197,90 @@ def int4(weight: Int4Weight) -> Packed | None:
     pairs = packed.reshape(experts, n, half // size, size)
     nibbles = torch.stack((pairs & 15, pairs >> 4), dim=-1).flatten(-2)  # [E, N, tiles, 2Q] in order
     codes = nibbles[..., :size] | (nibbles[..., size:] << 4)
-    scale = stacked(weight.scale, dims=1).float().contiguous()
-    return Packed("int4", codes.transpose(1, 2).contiguous(), half * 2, column_scale=scale)
+    return Packed("int4", _spared(codes.transpose(1, 2)), half * 2, column_scale=stacked(weight.scale, dims=1))
 
 
-def ccq(weight: CcqWeight) -> Packed:
+def ccq(weight: CcqWeight) -> Packed | None:
     """Up to four groups of 64 a tile, dealt to the four threads that share a column in a tensor core's operand.
 
-    Byte ``4 G b + 4 t + i`` of a tile of G groups is byte ``4 b + i`` of its group t: a thread that takes four bytes in
-    every 16 (Triton's layout for 8-bit operands of fp16 products) sees one group, and one scale, in all of them. An odd
-    number of groups leaves tiles of one, whose 16 bytes Triton takes through shared memory after decoding: correct,
-    and about twice the instructions.
+    Byte ``4 G b + 4 t + i`` of a tile of G groups is byte ``4 b + i`` of its group t: a register, four bytes, is of one
+    group, and a thread that has every fourth register sees one group, and one scale, in all of them. None for words
+    that no kernel makes (`words.possible`).
     """
-    codes = stacked(weight.codes, dims=2)  # [E, K/4, N]
+    codes, nibbles = stacked(weight.codes, dims=2), stacked(weight.group_scales, dims=2)
     experts, quarter, n = codes.shape
-    groups = quarter // 16
-    per_tile = next(count for count in (4, 2, 1) if groups % count == 0)
-    # [E, tiles, group t, b, i, N] -> [E, tiles, N, b, t, i]
-    dealt = codes.reshape(experts, groups // per_tile, per_tile, 4, 4, n).permute(0, 1, 5, 3, 2, 4)
+    held = quarter // 16
     scale, zero = stacked(weight.code_scale, dims=1).float(), stacked(weight.code_zp, dims=1).float()
-    for shift in (words.PAIR_SHIFT, words.WIDE_SHIFT):
-        found = words.lines(scale, zero, shift=shift)
-        if found is not None:
-            break
-    else:
-        shift = 0
-        found = scale.contiguous().view(torch.int32), zero.contiguous().view(torch.int32)
-    column_scale = stacked(weight.super_scales, dims=1).float() * (0.5 if shift else 1.0)
+    if not words.possible(scale, zero):
+        return None
+    scales = torch.stack((nibbles >> 4, nibbles & 15), dim=2).flatten(1, 2)[:, :held]  # even group = high nibble
+    groups = held + held % 2
+    if groups > held:
+        codes, scales = F.pad(codes, (0, 0, 0, 16)), F.pad(scales, (0, 0, 0, 1))
+    per_tile = 4 if groups % 4 == 0 else 2
+    tiles = groups // per_tile
+    # [E, tiles, group t, b, i, N] -> [E, tiles, N, b, t, i]
+    dealt = _spared(codes.reshape(experts, tiles, per_tile, 4, 4, n).permute(0, 1, 5, 3, 2, 4))
+    places = 16 ** torch.arange(per_tile, dtype=torch.int32, device=codes.device).unsqueeze(-1)
+    together = (scales.view(experts, tiles, per_tile, n).to(torch.int32) * places).sum(dim=2)  # [E, tiles, N]
+    kind, multiplier, addend, exact = _lines(scale, zero)
     return Packed(
         "ccq",
-        dealt.reshape(experts, groups // per_tile, n, 16 * per_tile).contiguous(),
-        quarter * 4,
-        column_scale=column_scale.contiguous(),
-        group_scales=stacked(weight.group_scales, dims=2).contiguous(),
-        multiplier=found[0],
-        addend=found[1] * 0x10001 if shift == words.PAIR_SHIFT else found[1],  # in both halves, for two bytes
+        dealt.view(experts, tiles, n, 16 * per_tile).view(torch.int16),
+        held * GROUP,
+        column_scale=stacked(weight.super_scales, dims=1).contiguous(),
+        group_scales=_spared(together.to(torch.int16 if per_tile == 4 else torch.int8)),  # the same bits, signed
+        multiplier=multiplier,
+        addend=addend,
+        exact=exact,
         order=_ccq_order(per_tile, permuted=weight.row_order == "permuted").to(codes.device),
-        word_shift=shift,
+        words=kind,
+        groups=per_tile,
+        run=2,
     )
 
 
+def _lines(scale: Tensor, zero: Tensor) -> tuple[int, Tensor, Tensor, Tensor | None]:
+    """How the words of columns [E, N] are made: `Packed.words`, multiplier, addend and exact."""
+    first = words.lines(scale[:1, :1], zero[:1, :1], shift=words.PAIR_SHIFT)
+    found = words.lines(scale, zero, shift=words.PAIR_SHIFT) if bool(first.there.all()) else first
+    if bool(found.there.all()):
+        # In both halves, for two bytes.
+        return decode.CCQ_PAIR.value, *_shared(found.multiplier, found.addend * 0x10001), None
+    found = words.lines(scale, zero, shift=words.WIDE_SHIFT)
+    if bool(found.there.all()):
+        return decode.CCQ_WIDE.value, *_shared(found.multiplier, found.addend), None
+    experts, n = scale.shape
+    blocks = -(-n // BLOCK)
+    missing = F.pad(~found.there, (0, blocks * BLOCK - n)).view(experts, blocks, BLOCK).any(dim=-1)
+    columns = missing.repeat_interleave(BLOCK, dim=1)[:, :n]
+    multiplier = torch.where(columns, scale.contiguous().view(torch.int32), found.multiplier)
+    addend = torch.where(columns, zero.contiguous().view(torch.int32), found.addend)
+    if bool(missing.all()):
+        return decode.CCQ_EXACT.value, *_shared(multiplier, addend), None
+    return decode.CCQ_MIXED.value, multiplier, addend, missing.to(torch.uint8)
+
+
+def _shared(multiplier: Tensor, addend: Tensor) -> tuple[Tensor, Tensor]:
+    """One pair instead of many equal ones."""
+    if bool((multiplier == multiplier[0, 0]).all() & (addend == addend[0, 0]).all()):
+        return multiplier[0, :1].clone(), addend[0, :1].clone()
+    return multiplier, addend
+
+
 def _ccq_order(groups: int, *, permuted: bool) -> Tensor:
-    """int32 [256 or less]: the input feature of a tile that window j of byte q holds, at place ``j Q + q``."""
+    """`Packed.order`: field ``2 j + h`` of element e is window j of byte ``2 e + h``."""
     stored = torch.arange(GROUP * groups, dtype=torch.int32).view(groups, 4, 4, 4)  # [t, b, i, j]
     if permuted:  # stored row 16a + 2b + c of a group is row 8b + 2a + c
         row = stored % GROUP
         stored = stored - row + 8 * (row % 16 // 2) + 2 * (row // 16) + row % 2
-    return stored.permute(3, 1, 0, 2).flatten().contiguous()
+    windows = stored.permute(3, 1, 0, 2).reshape(4, -1, 2)  # [j, e, h]
+    positions = [decode.CCQ_LOW if field // 2 % 2 else decode.CCQ_HIGH for field in range(8)]
+    return _placed(windows.transpose(1, 2).reshape(8, -1), positions)
 
 
 def planes(weight: BitplaneWeight) -> Packed | None:
-    """Byte q of a tile holds input features 8q ... 8q + 7, in order; None unless K % 128 == 0 and G fits the tiles.
+    """Element e of a tile holds input features ``16 e ... 16 e + 15``; None for groups that fit no tile.
 
     Coefficients become fp16 relative to a power of two of their column, so that none overflows and the largest keeps
     all bits of a bf16.
@@ -200,21 +289,77 @@ def planes(weight: BitplaneWeight) -> Packed | None:
     coefficients = stacked(weight.coefficients, dims=3).float()  # [E, K/G, k+1, N]
     experts, count, k, n = words32.shape
     size = count * 32 // coefficients.shape[1]
-    fitting = [q for q in PLANE_BYTES if count * 4 % q == 0 and (size % (8 * q) == 0 or 8 * q % size == 0)]
-    if not fitting or k not in PLANES:
+    elements = _elements(count * 32, size, fields=16)
+    if elements is None or k not in PLANES:
         return None
-    tile = fitting[0]
-    bytes_ = words32.contiguous().unsqueeze(-1).view(torch.uint8)  # [E, K/32, k, N, 4]: little end first
-    codes = bytes_.view(experts, count * 4 // tile, tile // 4, k, n, 4).permute(0, 1, 3, 4, 2, 5)
+    tiles = -(-count * 2 // elements)
+    halves = words32.contiguous().unsqueeze(-1).view(torch.int16)  # [E, K/32, k, N, 2]: little end first
+    halves = F.pad(halves, (0, 0, 0, 0, 0, 0, 0, tiles * elements // 2 - count))
+    codes = halves.view(experts, tiles, elements // 2, k, n, 2).permute(0, 1, 3, 4, 2, 5)
     largest = coefficients.abs().amax(dim=(1, 2), keepdim=True).clamp(min=2.0**-100)
     unit = torch.exp2(torch.floor(torch.log2(largest)))
-    order = torch.arange(8 * tile, dtype=torch.int32, device=codes.device).view(tile, 8).t().flatten().contiguous()
+    scales = _whole((coefficients / unit).to(torch.float16), tiles * elements * 16, size)
     return Packed(
         "planes",
-        codes.reshape(experts, count * 4 // tile, k, n, tile).contiguous(),
+        _spared(codes).view(experts, tiles, k, n, elements),
         count * 32,
         column_scale=unit[:, 0, 0].contiguous(),
-        group_scales=(coefficients / unit).to(torch.float16).contiguous(),
-        order=order,
+        group_scales=_spared(scales),
+        order=_field_order(elements, 1).to(codes.device),
         group_size=size,
+        groups=max(1, elements * 16 // size),
+        run=min(elements, size // 16),
     )
+
+
+def grouped(weight: GroupedWeight) -> Packed | None:
+    """Element e of a tile holds its ``16 / bits`` input features in order; None for groups that fit no tile."""
+    words32, scales = stacked(weight.codes, dims=2), stacked(weight.scales, dims=2)
+    experts, count, n = words32.shape
+    k, fields = count * 32 // weight.bits, 16 // weight.bits
+    size = k // scales.shape[1]
+    elements = _elements(k, size, fields=fields)
+    if elements is None:
+        return None
+    tiles = -(-count * 2 // elements)
+    halves = F.pad(words32.contiguous().unsqueeze(-1).view(torch.int16), (0, 0, 0, 0, 0, tiles * elements // 2 - count))
+    codes = halves.view(experts, tiles, elements // 2, n, 2).permute(0, 1, 3, 2, 4)
+    zeros = _whole(stacked(weight.zeros, dims=2), tiles * elements * fields, size)
+    return Packed(
+        "grouped",
+        _spared(codes).view(experts, tiles, n, elements),
+        k,
+        column_scale=torch.ones((experts, n), dtype=scales.dtype, device=scales.device),
+        group_scales=_spared(_whole(scales, tiles * elements * fields, size)),
+        zeros=_spared(zeros),
+        order=_field_order(elements, weight.bits).to(codes.device),
+        width=weight.bits,
+        group_size=size,
+        groups=max(1, elements * fields // size),
+        run=min(elements, size // fields),
+    )
+
+
+def _elements(k: int, size: int, *, fields: int) -> int | None:
+    """Elements of a tile: one group in it if that is possible, and K filled if that is."""
+    fitting = [
+        e
+        for e in ELEMENTS
+        if (size % (e * fields) == 0 or e * fields % size == 0) and e * fields <= size * LARGEST_TILE_GROUPS
+    ]
+    if not fitting or size % fields:
+        return None
+    return min(fitting, key=lambda e: (k % (e * fields) != 0, e * fields > size, -e))
+
+
+def _whole(of_groups: Tensor, features: int, size: int) -> Tensor:
+    """[E, K/G, ...] with as many groups as `features` have."""
+    missing = -(-features // size) - of_groups.shape[1]
+    return F.pad(of_groups, (0, 0) * (of_groups.dim() - 2) + (0, missing))
+
+
+def _field_order(elements: int, width: int) -> Tensor:
+    """`Packed.order` where an element's fields are neighbours."""
+    fields = 16 // width
+    features = torch.arange(elements * fields, dtype=torch.int32).view(elements, fields).t()
+    return _placed(features, [decode.position(field, width) for field in range(fields)])

@@ -16,7 +16,9 @@ def rotary_table(positions: Tensor, inv_freq: Tensor) -> Tensor:
     """Fp32 [T, 2, D/2]: the cosines of a token side by side, then its sines."""
     half = len(inv_freq)
     out = torch.empty((len(positions), 2, half), dtype=torch.float32, device=positions.device)
-    angles[(len(positions),)](positions, inv_freq, out, HALF=half, PADDED=triton.next_power_of_2(half), num_warps=1)
+    angles[(len(positions),)](
+        positions, inv_freq, out, HALF=half, PADDED=triton.next_power_of_2(half), num_warps=1, enable_fp_fusion=True
+    )
     return out
 
 
@@ -27,7 +29,7 @@ def rotary(x: Tensor, table: Tensor, *, interleaved: bool) -> Tensor:
     turn[(tokens, triton.cdiv(num_heads, HEADS))](
         x, table, out, x.stride(0), x.stride(1),
         NUM_HEADS=num_heads, HEAD_DIM=head_dim, PADDED=triton.next_power_of_2(head_dim), HEADS=HEADS,
-        INTERLEAVED=interleaved, num_warps=WARPS,
+        INTERLEAVED=interleaved, num_warps=WARPS, enable_fp_fusion=True,
     )  # fmt: skip
     return out
 
@@ -44,7 +46,7 @@ def rotary_store_kv(
         qkv, table, q, cache.keys, cache.values, cache.key_scales, cache.value_scales, slot_mapping,
         qkv.stride(0), qkv.stride(1),
         NUM_HEADS=num_heads, KV_HEADS=kv_heads, HEAD_DIM=head_dim, PADDED=triton.next_power_of_2(head_dim),
-        HEADS=HEADS, BLOCK_SIZE=cache.block_size, INTERLEAVED=interleaved, num_warps=WARPS,
+        HEADS=HEADS, BLOCK_SIZE=cache.block_size, INTERLEAVED=interleaved, num_warps=WARPS, enable_fp_fusion=True,
     )  # fmt: skip
     return q
 

@@ -70,6 +70,7 @@ def route(x: Tensor, gate: Tensor, bias: Tensor | None, *, top_k: int, norm_min:
             BLOCK_E=triton.next_power_of_2(experts),
             BLOCK_K=triton.next_power_of_2(top_k),
             num_warps=1,
+            enable_fp_fusion=True,
         )
     return weights, ids
 
@@ -135,6 +136,7 @@ def sort_pairs(ids: Tensor, *, experts: int, block: int) -> tuple[Tensor, Tensor
             BLOCK_E=triton.next_power_of_2(experts),
             BLOCK_B=triton.next_power_of_2(blocks),
             num_warps=8,
+            enable_fp_fusion=True,
         )
         return slots, owners
     flat = ids.flatten()

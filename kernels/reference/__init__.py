@@ -3,7 +3,7 @@
 from kernels.reference.attention import attention_metadata, decode_metadata, paged_attention
 from kernels.reference.cache import rotary_store_kv, store_kv
 from kernels.reference.dequantize import dequantize
-from kernels.reference.linear import embedding, linear, prepare
+from kernels.reference.linear import embedding, linear, prepare, prepare_embedding
 from kernels.reference.moe import fused_moe, route, silu_and_mul
 from kernels.reference.norm import add_rms_norm, rms_norm
 from kernels.reference.rotary import rotary, rotary_table
@@ -18,6 +18,7 @@ __all__ = [
     "linear",
     "paged_attention",
     "prepare",
+    "prepare_embedding",
     "rms_norm",
     "rotary",
     "rotary_store_kv",

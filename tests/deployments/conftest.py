@@ -80,25 +80,23 @@ def _start_ray(folder: str) -> None:
 
 @pytest.fixture(scope="session")
 def application(ray_cluster: None) -> Callable[..., Any]:
-    """Context manager: an application of one CPU pool under a Probe; gives the Probe's handle."""
-    from probe import Probe
+    """Context manager: an application of CPU pools under a Probe; gives the Probe's handle."""
     from ray import serve
 
-    from deployments.config import AppConfig
-    from deployments.pool import engines
-
     @contextmanager
-    def run(name: str, *, model: Path = TINY, keep_failed: bool = False, **pool: Any) -> Iterator[Any]:
-        args = {
-            "model": str(model),
-            "engine": ENGINE,
-            "pools": [{"name": name, **pool}],
-            "health": {"check_period_s": 1.0, "drain_timeout_s": 5.0},
-        }
-        config = AppConfig.parse(args)
+    def run(
+        name: str,
+        *,
+        model: Path = TINY,
+        keep_failed: bool = False,
+        pools: list[dict[str, Any]] | None = None,
+        args: dict[str, Any] | None = None,
+        **pool: Any,
+    ) -> Iterator[Any]:
         up = False
         try:
-            handle = serve.run(Probe.bind(engines(config, config.pools[0])), name=name, route_prefix=None)
+            whole = application_args(model, pools or [{"name": name, **pool}], **(args or {}))
+            handle = serve.run(probed(whole), name=name, route_prefix=None)
             up = True
             yield handle
         finally:
@@ -106,6 +104,29 @@ def application(ray_cluster: None) -> Callable[..., Any]:
                 serve.delete(name)
 
     return run
+
+
+def application_args(model: Path, pools: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+    """The ``args`` of a small application that answers all it is asked, however slow this machine is."""
+    return {
+        "model": str(model),
+        "engine": ENGINE,
+        "pools": pools,
+        "health": {"check_period_s": 1.0, "drain_timeout_s": 5.0},
+        "routing": {"admission": False},
+        **more,
+    }
+
+
+def probed(args: dict[str, Any]) -> Any:
+    """An application with a Probe in the place of its Ingress."""
+    from probe import Probe
+
+    from deployments.config import AppConfig
+    from deployments.pool import client_options, engines
+
+    config = AppConfig.parse(args)
+    return Probe.bind({pool.name: engines(config, pool) for pool in config.pools}, client_options(config))
 
 
 @pytest.fixture(scope="session")

@@ -6,11 +6,13 @@ import asyncio
 import os
 import time
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 from typing import Any
 
+import ray
 from ray import serve
 
-from deployments.client import EngineClient, ModelInfo
+from deployments.client import ClientOptions, EngineClient, ModelInfo
 from engine.messages import EngineLoad, EngineRequest, FinishReason, TokenDelta
 from engine.sampling_params import SamplingParams
 
@@ -20,10 +22,17 @@ def greedy(request_id: str, prompt_token_ids: list[int], max_tokens: int) -> Eng
     return EngineRequest(request_id, prompt_token_ids, params, max_tokens)
 
 
+def sampled(
+    request_id: str, prompt_token_ids: list[int], max_tokens: int, *, temperature: float, seed: int
+) -> EngineRequest:
+    params = SamplingParams(temperature=temperature, seed=seed, max_tokens=max_tokens, ignore_eos=True, logprobs=1)
+    return EngineRequest(request_id, prompt_token_ids, params, max_tokens)
+
+
 @serve.deployment(name="Probe", max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0})
 class Probe:
-    async def __init__(self, engines: Any) -> None:
-        self._client = EngineClient(engines)
+    async def __init__(self, pools: Any, options: ClientOptions) -> None:
+        self._client = EngineClient(pools, options)
         await self._client.start()
 
     async def pid(self) -> int:
@@ -46,9 +55,48 @@ class Probe:
             finish_reason = delta.finish_reason
         return token_ids, finish_reason
 
+    async def generate_in(self, pool: str, request: EngineRequest) -> list[int]:
+        """As :meth:`generate`, on the one engine of a pool, whatever the router would choose."""
+        (connection,) = [c for c in self._client._connections.values() if c.address.pool == pool and c.ready]
+        inbox = connection.submit(request)
+        token_ids: list[int] = []
+        while len(token_ids) < request.max_tokens:
+            token_ids += (await inbox.get()).token_ids
+        connection.finish(request.request_id, abort=False)
+        return token_ids
+
     async def stream(self, request: EngineRequest) -> AsyncGenerator[TokenDelta, None]:
         async for delta in self._client.generate(request):
             yield delta
+
+    async def check(self, pool: str) -> EngineLoad:
+        """Wait until the one engine of a pool is idle, and check its books; its load."""
+        await self.until_idle()
+        load: EngineLoad = await self._shard(pool).check.remote()
+        return load
+
+    async def shard_pid(self, pool: str) -> int:
+        """The process of the one engine of a pool."""
+        _, pid = await self._shard(pool).whereabouts.remote()
+        return int(pid)
+
+    async def places(self) -> dict[str, list[str]]:
+        """By pool, the node of each rank of its one engine."""
+        places = {}
+        for state in self._client.engines():
+            first = state.address.actor_name
+            names = [first.removesuffix("0") + str(rank) for rank in range(8)]
+            nodes = []
+            with suppress(ValueError):  # no actor of that name: all ranks have been seen
+                for name in names:
+                    node, _ = await ray.get_actor(name, state.address.namespace).whereabouts.remote()
+                    nodes.append(node)
+            places[state.address.pool] = nodes
+        return places
+
+    def _shard(self, pool: str) -> Any:
+        (state,) = [state for state in self._client.engines() if state.address.pool == pool and state.ready]
+        return ray.get_actor(state.address.actor_name, state.address.namespace)
 
     async def leave_after_first(self, request: EngineRequest) -> tuple[EngineLoad, float]:
         """Close a request after its first tokens; the load while it ran, and how long its blocks took to be free."""
@@ -82,7 +130,7 @@ class Probe:
         tasks = [asyncio.ensure_future(anext(stream)) for stream in streams]
         await asyncio.sleep(0)
         for connection in self._client._connections.values():
-            counted[id(connection)] = len(connection._requests)
+            counted[id(connection)] = len(connection)
         await asyncio.gather(*tasks)
         for stream in streams:
             await stream.aclose()

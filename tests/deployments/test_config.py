@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,8 @@ import yaml
 from conftest import ROOT
 
 from deployments.config import AppConfig, PoolConfig
-from deployments.placement import bundles, missing, strategy
-from engine.errors import ConfigError, UnsupportedError
+from deployments.placement import bundles, label_selector, missing, strategy
+from engine.errors import ConfigError
 
 CONFIG = {
     "architectures": ["Ernie4_5ForCausalLM"],
@@ -65,7 +66,15 @@ def test_a_relative_model_is_found_in_the_working_directory(model: Path, monkeyp
     [
         ({"modell": "x"}, "modell: no such option"),
         ({"pools": []}, "pools"),
-        ({"pools": [{"replicas": 0}]}, "pools.0.replicas.min"),
+        ({"pools": [{"replicas": 0}]}, "pools.0.replicas.max"),
+        (
+            {"pools": [{"replicas": {"min": 0, "max": 2, "initial": 3}}]},
+            "initial (3) is not within min (0) and max (2)",
+        ),
+        ({"pools": [{"resources": {"GPU": 1}}]}, "GPU: 1 is not a custom resource"),
+        ({"pools": [{"engine": {"model": "x"}}]}, "args.pools[].model"),
+        ({"pools": [{"autoscaling": {"policy": "no place"}}]}, "pools.0.autoscaling.policy"),
+        ({"failover": {"max_losses": -1}}, "failover.max_losses"),
         ({"pools": [{"replicas": {"min": 3, "max": 2}}]}, "min (3) exceeds max (2)"),
         ({"pools": [{"replicas": "many"}]}, "pools.0.replicas"),
         ({"pools": [{"gpu": "H20"}]}, "pools.0.gpu: no such option"),
@@ -98,9 +107,37 @@ def test_a_missing_model_says_where_it_was_looked_for(tmp_path: Path, monkeypatc
         AppConfig.parse({})
 
 
-def test_several_pools_are_not_there_yet(model: Path) -> None:
-    with pytest.raises(UnsupportedError, match=r"2 \(a, b\)"):
-        AppConfig.parse({"model": str(model), "pools": [{"name": "a"}, {"name": "b"}]})
+def test_pools_have_options_of_their_own(model: Path) -> None:
+    config = AppConfig.parse(
+        {
+            "model": str(model),
+            "engine": {"max_model_len": 64, "max_num_seqs": 8},
+            "pools": [
+                {"name": "a", "engine": {"max_model_len": 32}},
+                {"name": "b", "accelerator_type": "A100", "replicas": {"min": 0, "max": 2}, "labels": {"zone": "x"}},
+            ],
+        }
+    )
+    first, second = (config.engine_config(pool) for pool in config.pools)
+    assert (first.max_model_len, first.max_num_seqs, first.device) == (32, 8, "cpu")
+    assert (second.max_model_len, second.max_num_seqs, second.device) == (64, 8, "auto")
+    assert [config.max_model_len(pool) for pool in config.pools] == [32, 64]
+    assert label_selector(config.pools[0]) is None
+    assert label_selector(config.pools[1]) == [{"zone": "x"}] * 2
+
+
+def test_pools_may_hold_other_checkpoints_of_the_same_model_alone(tmp_path: Path) -> None:
+    tiny = ROOT / "examples" / "ernie-tiny"
+    pools = [{"name": "a"}, {"name": "b", "model": str(tiny / "2bits")}]
+    config = AppConfig.parse({"model": str(tiny / "bf16"), "pools": pools})
+    assert config.engine_config(config.pools[1]).model == str(tiny / "2bits")
+    other = tmp_path / "other"
+    shutil.copytree(tiny / "bf16", other, ignore=shutil.ignore_patterns("*.safetensors"))
+    content = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**content, "rms_norm_eps": 0.5}))
+    pools[1]["model"] = str(other)
+    with pytest.raises(ConfigError, match=r"pools\.b\.model.*rms_norm_eps is 0.5 here and [-e\d.]+ there"):
+        AppConfig.parse({"model": str(tiny / "bf16"), "pools": pools})
 
 
 def test_the_embedded_default_is_valid_and_stays_on_this_machine() -> None:
@@ -120,6 +157,30 @@ def test_accelerators_are_asked_for_one_a_rank_on_one_node() -> None:
     pool = PoolConfig(name="a100", accelerator_type="A100", tensor_parallel_size=4)
     assert bundles(pool)[1:] == [{"CPU": 1.0, "GPU": 1, "accelerator_type:A100": 0.001}] * 4
     assert strategy(pool) == "STRICT_PACK"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "nodes", "chosen"),
+    [
+        (4, [8, 8], "STRICT_PACK"),
+        (4, [2, 4], "STRICT_PACK"),
+        (4, [2, 2], "PACK"),
+        (8, [], "STRICT_PACK"),  # they may be on their way
+        (16, [], "PACK"),  # no usual machine has so many
+    ],
+)
+def test_ranks_share_a_node_where_one_has_room_for_them(ranks: int, nodes: list[int], chosen: str) -> None:
+    resources = [{"CPU": 64.0, "GPU": float(count), "accelerator_type:A100": 1.0} for count in nodes]
+    resources.append({"CPU": 64.0, "GPU": 32.0, "accelerator_type:H20": 1.0})
+    pool = PoolConfig(name="a100", accelerator_type="A100", tensor_parallel_size=ranks)
+    assert strategy(pool, resources) == chosen
+    assert strategy(pool.model_copy(update={"across_nodes": True}), resources) == "PACK"
+    assert strategy(pool.model_copy(update={"across_nodes": False}), resources) == "STRICT_PACK"
+
+
+def test_custom_resources_are_asked_for_with_each_rank() -> None:
+    pool = PoolConfig(name="a", resources={"fast": 2.0}, tensor_parallel_size=2)
+    assert [bundle.get("fast") for bundle in bundles(pool)] == [None, 2.0, 2.0]
 
 
 def test_what_is_missing_is_said_with_numbers() -> None:

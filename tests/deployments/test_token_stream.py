@@ -148,3 +148,33 @@ def test_an_ingress_without_tokens_hears_of_the_load() -> None:
         assert decode_item(await first(items)).load == busy
 
     asyncio.run(run())
+
+
+@given(st.lists(st.tuples(st.sets(st.integers(0, 5)), st.booleans(), st.booleans()), max_size=30))
+@settings(deadline=None, max_examples=60)
+def test_readers_know_what_is_cached_whenever_they_join_and_however_slowly_they_read(
+    script: list[tuple[set[int], bool, bool]],
+) -> None:
+    """Each step changes the state of some hashes; then the one reader reads or doesn't, and another may join."""
+
+    async def run() -> None:
+        fanout = Fanout(asyncio.get_running_loop(), LOAD)
+        cached: set[bytes] = set()
+        streams = [fanout.open("0").items()]
+        known: list[set[bytes]] = [set()]
+        for number, (changed, reads, joins) in enumerate(script):
+            hashes = {bytes([value]) for value in changed}
+            fanout.publish(StepOutput([], LOAD, cached=sorted(hashes - cached), evicted=sorted(hashes & cached)))
+            cached ^= hashes
+            await settle()
+            if reads:
+                for stream, knows in zip(streams, known, strict=True):
+                    item = decode_item(await first(stream))
+                    knows |= set(item.cached)
+                    knows -= set(item.evicted)
+                    assert knows == cached
+            if joins:
+                streams.append(fanout.open(str(number + 1)).items())
+                known.append(set())
+
+    asyncio.run(run())

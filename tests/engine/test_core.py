@@ -1,13 +1,26 @@
 from __future__ import annotations
 
 import random
+import time
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy_executor import EOS, USED_VOCAB_SIZE, VOCAB_SIZE, Collector, ToyExecutor, make_core, make_request, run
+from toy_executor import (
+    EOS,
+    USED_VOCAB_SIZE,
+    VOCAB_SIZE,
+    Collector,
+    ToyExecutor,
+    make_core,
+    make_request,
+    run,
+    toy_logits,
+)
 from transformers import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM, PreTrainedModel
 
 from engine.config import EngineConfig, ModelConfig
@@ -85,6 +98,154 @@ def test_no_schedule_changes_a_token(seed: int, num_kv_blocks: int, **options: i
     together = run(make_core(ToyExecutor(num_kv_blocks=num_kv_blocks, block_size=4), **options), requests)
     for request in requests:
         assert together.token_ids[request.request_id] == alone(request)
+
+
+def split(request: EngineRequest, tokens: list[int]) -> EngineRequest:
+    """The request as another engine goes on with it."""
+    return replace(request, output_token_ids=tokens)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    data=st.data(),
+    seed=st.integers(0, 2**32),
+    temperature=st.sampled_from([0.0, 1.0]),
+    penalty=st.sampled_from([{}, {"repetition_penalty": 1.3}, {"presence_penalty": 1.0, "frequency_penalty": -0.4}]),
+    logprobs=st.sampled_from([None, 2]),
+    min_tokens=st.integers(0, 8),
+    ignore_eos=st.booleans(),
+    busy=st.booleans(),
+)
+def test_a_request_goes_on_elsewhere_as_if_nothing_had_happened(
+    data: st.DataObject, seed: int, busy: bool, penalty: dict[str, float], **options: object
+) -> None:
+    prompt = data.draw(st.lists(st.integers(3, USED_VOCAB_SIZE - 1), min_size=1, max_size=20))
+    stops = data.draw(st.lists(st.integers(3, USED_VOCAB_SIZE - 1), max_size=2))
+    request = make_request("a", prompt, 24, seed=seed, stop_token_ids=stops, top_p=0.9, **penalty, **options)
+    whole = make_core(ToyExecutor(num_kv_blocks=64, block_size=4))
+    deltas = run(whole, [request]).deltas["a"]
+    at = data.draw(st.integers(0, len(deltas) - 1))
+    core = make_core(ToyExecutor(num_kv_blocks=16 if busy else 64, block_size=4))
+    others = mixed_requests(5) if busy else []
+    rest = run(core, [*others, split(request, [delta.token_ids[0] for delta in deltas[:at]])]).deltas["a"]
+    for found, expected in zip(rest, deltas[at:], strict=True):
+        assert replace(found, queued_seconds=0, num_cached_tokens=0) == replace(
+            expected, queued_seconds=0, num_cached_tokens=0
+        )
+        assert found.num_cached_tokens <= len(prompt)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "options"),
+    [
+        ([7] * 8, {}),
+        ([7] * 9, {}),
+        ([7, EOS], {"ignore_eos": False}),
+        ([7, 9], {"stop_token_ids": [9]}),
+        ([7, VOCAB_SIZE], {}),
+        ([-1, 7], {}),
+    ],
+)
+def test_what_is_complete_or_no_output_is_not_gone_on_with(tokens: list[int], options: dict[str, object]) -> None:
+    core = make_core(ToyExecutor(num_kv_blocks=16, block_size=4))
+    with pytest.raises(RequestError) as refusal:
+        core.add(split(make_request("a", [5, 6], 8, **options), tokens))
+    assert refusal.value.field == "output_token_ids"
+    assert not core.has_work()
+    core.add(split(make_request("a", [5, 6], 8, ignore_eos=False, min_tokens=2), [7, EOS]))  # one that didn't count
+
+
+def test_totals_count_what_steps_do() -> None:
+    core = make_core(ToyExecutor(num_kv_blocks=32, block_size=4), max_num_batched_tokens=16)
+    run(core, [make_request("a", list(range(3, 23)), 4)])
+    load = core.load()
+    assert (load.prefill_tokens, load.decode_tokens) == (20, 4)
+    assert load.context_tokens == 16 + 20 + 21 + 22 + 23
+    assert (load.queried_tokens, load.cached_tokens, load.preemptions) == (20, 0, 0)
+    assert 0 < load.step_seconds < load.busy_seconds
+    run(core, [make_request("b", list(range(3, 23)), 1)])
+    after = core.load()
+    assert (after.prefill_tokens, after.decode_tokens, after.steps) == (24, 5, load.steps + 1)
+    assert (after.queried_tokens, after.cached_tokens) == (40, 16)
+
+
+def test_totals_agree_with_what_came_out_under_preemption() -> None:
+    requests = mixed_requests(24)
+    core = make_core(ToyExecutor(num_kv_blocks=14, block_size=4), max_num_seqs=6, max_num_batched_tokens=30)
+    together = run(core, requests)
+    load = core.load()
+    assert load.preemptions >= together.preemptions > 0
+    assert load.decode_tokens == sum(map(len, together.token_ids.values()))
+    prompts = sum(len(request.prompt_token_ids) for request in requests)
+    assert load.queried_tokens == prompts
+    assert load.cached_tokens == sum(last.num_cached_tokens for last in together.last.values())
+    assert load.prefill_tokens >= prompts - load.cached_tokens
+
+
+def test_the_first_tokens_say_how_long_the_request_waited() -> None:
+    executor = ToyExecutor(num_kv_blocks=32, block_size=4)
+    core = make_core(executor, max_num_seqs=1)
+    core.add(make_request("a", [5], 2), submitted=time.perf_counter() - 5)
+    core.add(make_request("b", [6], 2))
+    first, second, third = core.step(), core.step(), core.step()
+    assert 5 < first.deltas[0].queued_seconds < 60
+    assert second.deltas[0].queued_seconds == 0
+    assert 0 < third.deltas[0].queued_seconds < 5
+
+
+def test_steps_tell_which_blocks_can_be_found() -> None:
+    core = make_core(ToyExecutor(num_kv_blocks=14, block_size=4), max_num_seqs=6, max_num_batched_tokens=30)
+    known: set[bytes] = set()
+    for request in mixed_requests(24):
+        core.add(request)
+    evictions = 0
+    while core.has_work():
+        output = core.step()
+        assert not known & set(output.cached)
+        assert known >= set(output.evicted)
+        known = known.union(output.cached).difference(output.evicted)
+        evictions += len(output.evicted)
+        assert known == set(core.cached_blocks())
+    assert evictions > 0
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    prompts=st.lists(st.integers(1, 40), min_size=1, max_size=4),
+    num_kv_blocks=st.integers(13, 40),
+    max_num_batched_tokens=st.integers(1, 40),
+    max_prompt_rows=st.integers(1, 30),
+    enable_chunked_prefill=st.booleans(),
+    enable_prefix_caching=st.booleans(),
+)
+def test_prompt_logprobs_are_those_of_a_plain_pass(
+    prompts: list[int], num_kv_blocks: int, max_prompt_rows: int, **options: int | bool
+) -> None:
+    options["max_num_batched_tokens"] = max(
+        options["max_num_batched_tokens"], 40 * (not options["enable_chunked_prefill"])
+    )
+    core = make_core(ToyExecutor(num_kv_blocks=num_kv_blocks, block_size=4), **options)
+    core.scheduler.max_prompt_rows = max_prompt_rows
+    stem = random.Random(4).choices(range(3, USED_VOCAB_SIZE), k=40)
+    asked = [make_request(f"p{i}", stem[:length], 8, prompt_logprobs=i) for i, length in enumerate(prompts)]
+    plain = [make_request(f"n{i}", stem[:length], 8) for i, length in enumerate(prompts)]
+    found = run(core, [request for pair in zip(plain, asked, strict=True) for request in pair])
+    for i, (request, other) in enumerate(zip(asked, plain, strict=True)):
+        name, prompt = request.request_id, request.prompt_token_ids
+        assert found.token_ids[name] == found.token_ids[other.request_id]
+        first, *later = found.deltas[name]
+        assert [delta.prompt_logprobs for delta in later] == [None] * len(later)
+        assert first.prompt_logprobs is not None
+        assert first.prompt_logprobs[0] is None
+        assert len(first.prompt_logprobs) == len(prompt)
+        assert found.deltas[other.request_id][0].prompt_logprobs is None
+        for at, entry in enumerate(first.prompt_logprobs[1:], start=1):
+            assert entry is not None
+            expected = toy_logits(np.array(prompt[:at]))[:USED_VOCAB_SIZE].log_softmax(-1)
+            assert entry.token_id == prompt[at]
+            assert entry.logprob == pytest.approx(expected[prompt[at]].item(), abs=1e-5)
+            assert entry.rank == 1 + int((expected > expected[prompt[at]]).sum())
+            assert list(entry.top) == expected.topk(i).indices.tolist()
 
 
 def test_every_request_ends_with_length_at_max_tokens() -> None:

@@ -1,7 +1,10 @@
 """The offline interface on the real small model: what users see of the whole engine."""
 
+import json
+import re
 from pathlib import Path
 
+import jsonschema
 import pytest
 import torch
 
@@ -94,6 +97,54 @@ def test_greedy_tokens_and_logprobs_are_those_of_transformers(llm):
         assert choice.cumulative_logprob == pytest.approx(sum(entry.logprob for entry in choice.logprobs))
     greedy = outputs[0].outputs[0].logprobs
     assert all(entry.rank == 1 and entry.top[0].token_id == entry.token_id for entry in greedy)
+
+
+def test_prompt_logprobs_are_those_of_transformers(llm):
+    transformers = pytest.importorskip("transformers")
+    reference = transformers.AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    prompts = [PROMPTS[2] * 3, PROMPTS[0]]  # the first is longer than a step
+    plain = llm.generate(prompts, params(temperature=0))
+    for output, other in zip(llm.generate(prompts, params(temperature=0, prompt_logprobs=3)), plain, strict=True):
+        with torch.inference_mode():
+            logits = reference(torch.tensor([output.prompt_token_ids])).logits[0]  # [tokens, vocab]
+        expected = logits[:, : llm.tokenizer.used_vocab_size].log_softmax(-1)
+        assert len(output.prompt_logprobs) == len(output.prompt_token_ids)
+        assert output.prompt_logprobs[0] is None
+        for i, entry in enumerate(output.prompt_logprobs[1:], start=1):
+            assert entry.token_id == output.prompt_token_ids[i]
+            assert entry.logprob == pytest.approx(expected[i - 1, entry.token_id].item(), abs=1e-3)
+            assert [top.logprob for top in entry.top] == pytest.approx(
+                expected[i - 1].topk(3).values.tolist(), abs=1e-3
+            )
+        assert other.prompt_logprobs is None
+        assert texts([output]) == texts([other])
+
+
+def test_texts_have_the_form_that_is_asked_for(llm):
+    schema = {
+        "type": "object",
+        "properties": {
+            "name": {"type": "string", "maxLength": 8},
+            "sizes": {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 99}, "maxItems": 3},
+            "kind": {"enum": ["a", "b", None]},
+        },
+        "required": ["name", "kind"],
+        "additionalProperties": False,
+    }
+    forms = [{"json": schema}, {"regex": r"[A-Z][a-z]{2,9}\."}, {"choice": ["left", "right", "größer"]}]
+    options = [params(structured_outputs=form, max_tokens=200, n=2, logprobs=1) for form in forms]
+    outputs = llm.generate(PROMPTS[:3], options)
+    assert texts(outputs) == [texts(llm.generate(PROMPTS[i], options[i]))[0] for i in range(3)]
+    for choice in (choice for output in outputs for choice in output.outputs):
+        assert (choice.finish_reason, choice.stop_reason) == ("stop", None)
+        assert len(choice.logprobs) == len(choice.token_ids)
+    for choice in outputs[0].outputs:
+        jsonschema.validate(json.loads(choice.text), schema)
+    assert all(re.fullmatch(r"[A-Z][a-z]{2,9}\.", choice.text) for choice in outputs[1].outputs)
+    assert all(choice.text in ("left", "right", "größer") for choice in outputs[2].outputs)
+    with pytest.raises(RequestError, match="can't be used") as caught:
+        llm.generate(PROMPTS[:2], [params(), params(structured_outputs={"regex": "(a"})])
+    assert caught.value.field == "structured_outputs"
 
 
 def test_the_text_is_the_tokens_decoded(llm):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from toy_executor import Collector, ToyExecutor, make_core, make_request, run
 
+from engine.core import EngineCore
 from engine.errors import EngineDeadError, RequestError
 from engine.loop import EngineLoop
 from engine.messages import StepOutput
@@ -179,6 +180,69 @@ def test_stop_from_a_callback_does_not_wait_for_itself() -> None:
     assert stopped.wait(timeout=WAIT)
     running.loop.stop()
     assert running.executor.shutdowns == 1
+
+
+def test_a_call_runs_between_steps_in_the_engine_thread(running: Running) -> None:
+    running.executor.gate.clear()
+    running.loop.submit([make_request("a", [5] * 9, 3)])
+    assert running.executor.entered.wait(timeout=WAIT)
+    checked = running.loop.call(lambda core: (core.check(), threading.current_thread().name)[1])
+    snapshot = running.loop.call(EngineCore.cached_blocks)
+    failing = running.loop.call(lambda core: 1 // 0)
+    assert not checked.done()
+    running.executor.gate.set()
+    assert checked.result(timeout=WAIT) == "engine"
+    assert len(snapshot.result(timeout=WAIT)) == 2
+    with pytest.raises(ZeroDivisionError):
+        failing.result(timeout=WAIT)
+    running.until_finished("a")
+    assert running.loop.call(EngineCore.has_work).result(timeout=WAIT) is False  # idle
+
+
+def test_a_snapshot_and_the_steps_after_it_tell_all_that_is_cached() -> None:
+    running = Running()
+    events: queue.Queue[StepOutput | list[bytes]] = running.outputs  # type: ignore[assignment]
+    running.loop.start()
+    running.loop.submit([make_request(f"r{i}", [5 + i] * 9, 20) for i in range(9)])
+    running.outputs.get(timeout=WAIT)
+    running.loop.call(EngineCore.cached_blocks).add_done_callback(lambda future: events.put(future.result()))
+    known: set[bytes] | None = None
+    finished = 0
+    while finished < 8:  # the first may have finished before
+        event = events.get(timeout=WAIT)
+        if isinstance(event, list):
+            known = set(event)
+            continue
+        finished += sum(delta.finish_reason is not None for delta in event.deltas)
+        if known is not None:
+            known = known.union(event.cached).difference(event.evicted)
+    while running.loop.call(EngineCore.has_work).result(timeout=WAIT):
+        pass
+    final = set(running.loop.call(EngineCore.cached_blocks).result(timeout=WAIT))
+    while not events.empty():
+        event = events.get()
+        assert isinstance(event, StepOutput)
+        known = (known or set()).union(event.cached).difference(event.evicted)
+    assert known == final
+    running.loop.stop()
+
+
+def test_calls_of_a_loop_that_has_ended_fail() -> None:
+    running = Running()
+    early = running.loop.call(EngineCore.load)
+    running.loop.stop()
+    late = running.loop.call(EngineCore.load)
+    for call in (early, late):
+        with pytest.raises(EngineDeadError, match="stopped"):
+            call.result(timeout=WAIT)
+    failing = Running()
+    failing.executor.failure = RuntimeError("gone")
+    failing.loop.start()
+    failing.loop.submit([make_request("a", [5], 8)])
+    failing.errors.get(timeout=WAIT)
+    with pytest.raises(EngineDeadError, match="stopped"):
+        failing.loop.call(EngineCore.load).result(timeout=WAIT)
+    failing.loop.stop()
 
 
 def test_a_loop_that_never_started_still_shuts_its_engine_down() -> None:

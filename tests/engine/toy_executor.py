@@ -11,9 +11,11 @@ from torch import Tensor
 
 from engine.config import EngineConfig, ModelConfig
 from engine.core import EngineCore
+from engine.errors import RequestError
 from engine.execution.batch import StepInput
 from engine.messages import EngineRequest, StepOutput, TokenDelta
 from engine.sampling_params import SamplingParams
+from engine.structured.compiler import GrammarCompiler
 
 VOCAB_SIZE = 32
 USED_VOCAB_SIZE = 30
@@ -66,13 +68,13 @@ class ToyExecutor:
         self.tokens[step.slot_mapping] = step.token_ids
         self.positions[step.slot_mapping] = step.positions
         logits = torch.zeros(len(step.logits_rows), VOCAB_SIZE)
-        last_rows = {int(end) - 1: i for i, end in enumerate(step.query_start[1:])}
-        for out, row in enumerate(step.logits_rows):
-            logits[out] = toy_logits(self._context(step, last_rows[int(row)]))
+        owners = np.searchsorted(step.query_start, step.logits_rows, side="right") - 1
+        for out, (row, request) in enumerate(zip(step.logits_rows, owners, strict=True)):
+            logits[out] = toy_logits(self._context(step, int(request), int(step.positions[row]) + 1))
         return logits
 
-    def _context(self, step: StepInput, request: int) -> np.ndarray:
-        positions = np.arange(step.context_lens[request])
+    def _context(self, step: StepInput, request: int, length: int) -> np.ndarray:
+        positions = np.arange(length)
         blocks = step.block_tables[request][positions // self.block_size]
         slots = blocks.astype(np.int64) * self.block_size + positions % self.block_size
         assert (self.positions[slots] == positions).all()
@@ -91,9 +93,9 @@ def toy_logits(context: np.ndarray) -> Tensor:
     return logits
 
 
-def make_core(executor: ToyExecutor, **options: int | bool) -> EngineCore:
+def make_core(executor: ToyExecutor, grammars: GrammarCompiler | None = None, **options: int | bool) -> EngineCore:
     config = EngineConfig.model_validate({"model": "toy", "max_num_seqs": 4, "max_num_batched_tokens": 16} | options)
-    return EngineCore(config, MODEL, executor, used_vocab_size=USED_VOCAB_SIZE, eos_token_ids=[EOS])
+    return EngineCore(config, MODEL, executor, used_vocab_size=USED_VOCAB_SIZE, eos_token_ids=[EOS], grammars=grammars)
 
 
 def make_request(name: str, prompt: list[int], max_tokens: int = 8, **params: object) -> EngineRequest:
@@ -108,14 +110,18 @@ class Collector:
         self.preemptions = 0
         self.token_ids: dict[str, list[int]] = {}
         self.last: dict[str, TokenDelta] = {}
+        self.deltas: dict[str, list[TokenDelta]] = {}
+        self.refused: dict[str, RequestError] = {}
 
     def __call__(self, output: StepOutput) -> None:
+        self.refused |= output.refused
         for delta in output.deltas:
             name = delta.request_id
             if name in self.last:
                 assert self.last[name].finish_reason is None, "a delta after the last"
             self.token_ids.setdefault(name, []).extend(delta.token_ids)
             self.last[name] = delta
+            self.deltas.setdefault(name, []).append(delta)
 
 
 def run(core: EngineCore, requests: list[EngineRequest]) -> Collector:
@@ -123,7 +129,8 @@ def run(core: EngineCore, requests: list[EngineRequest]) -> Collector:
     collector = Collector()
     for request in requests:
         core.add(request)
-    while core.has_work():
+    while core.load().waiting_requests + core.load().running_requests:
+        core.wait()
         waiting = core.load().waiting_requests
         collector(core.step())
         collector.preemptions += core.load().waiting_requests > waiting

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +13,7 @@ import yaml
 from rendering import CHART, ChartError, Objects, helm, render, serve_config, service, validate
 
 from deployments.config import AppConfig
+from deployments.observability.metrics import Metrics
 
 PRESETS = sorted(path.name for path in CHART.glob("values*.yaml"))
 EVERYTHING = {
@@ -187,3 +190,19 @@ def test_bundled_redis_makes_way_for_another() -> None:
     options = service(objects)["rayClusterConfig"]["gcsFaultToleranceOptions"]
     assert options["redisAddress"] == "redis.db:6379"
     assert options["redisPassword"]["valueFrom"]["secretKeyRef"] == {"name": "redis", "key": "password"}
+
+
+def test_alerts_ask_for_metrics_that_exist() -> None:
+    metrics = {metric.name for metric in Metrics().registry}
+    rules = render(EVERYTHING)[("PrometheusRule", "test-dibit")]["spec"]["groups"][0]["rules"]
+    asked = {name for rule in rules for name in re.findall(r"\bray_(\w+?)(?:_bucket)?\{", rule["expr"])}
+    assert len(rules) >= 6
+    assert asked <= metrics
+    for rule in rules:
+        assert rule["expr"].count("(") == rule["expr"].count(")")
+        assert 'namespace="ml"' in rule["expr"]
+
+
+def test_the_dashboard_is_in_the_chart() -> None:
+    (text,) = render(EVERYTHING)[("ConfigMap", "test-dibit-dashboard")]["data"].values()
+    assert json.loads(text)["panels"]

@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 from kernels import cpu, ops, reference
 from kernels.cpu import storage, threads
+from kernels.cpu.dense import HalfPrepared
 from kernels.cpu.packed import PackedPrepared, codebook, pack
 from kernels.cpu.product import decode
 from kernels.operands import BitplaneWeight, CcqWeight, DenseWeight, Int4Weight, Int8Weight
@@ -139,6 +141,18 @@ def test_linear_takes_any_strides_and_adds_its_bias(dtype):
     torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance)
 
 
+@quick
+@given(st.integers(1, 6), st.integers(1, 70), st.sampled_from([1, 2, 3, 4, 5, 16, 17, 40]), st.booleans(), seeds)
+def test_products_with_bf16_weights_are_those_with_fp32(panels, n, tokens, strided, seed):
+    generator = rng(seed)
+    half = HalfPrepared(torch.randn(n, 64 * panels, generator=generator).bfloat16())
+    x = torch.randn(64 * panels, tokens, generator=generator).T
+    x = x if strided else x.contiguous()
+    bias = torch.randn(n, generator=generator)
+    expected = x.double() @ half.weight.double().T + bias.double()
+    torch.testing.assert_close(cpu.linear(x, half, bias).double(), expected, rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_shows_in_its_row_only(bad):
     prepared = pack(int8(rng(0), 130, 20))
@@ -182,19 +196,40 @@ def test_fused_moe(kind, tokens, num_experts, packed, seed, data):
     assert (alone - actual[:1]).float().norm() <= close * expected[:1].norm()
 
 
-def test_several_threads_compute_the_same(monkeypatch):
+def test_several_threads_compute_the_same():
     weight = pack(ccq(rng(0), 1024, 3000, shared=True))
     assert weight.num_bytes > 3 * threads.LEAST_BYTES
     x = torch.randn(5, 1024, generator=rng(1))
     alone = cpu.linear(x, weight)
     torch.set_num_threads(3)
-    assert torch.equal(cpu.linear(x, weight), alone)
-    monkeypatch.setattr(threads, "_parallel", lambda: None)  # a torch with another OpenMP runtime
-    assert torch.equal(cpu.linear(x, weight), alone)
+    for _ in range(20):  # helpers asleep, and awake
+        assert torch.equal(cpu.linear(x, weight), alone)
 
 
-def test_torchs_own_threads_are_used():
-    assert threads._parallel() is not None
+def test_callers_in_several_threads_compute_the_same():
+    """One of them has the helpers, the others go without."""
+    weight = pack(ccq(rng(0), 1024, 3000, shared=True))
+    rows = torch.randn(3, 2, 1024, generator=rng(1))
+    alone = [cpu.linear(x, weight) for x in rows]
+
+    def repeat(x):
+        torch.set_num_threads(2)  # of this thread
+        return [cpu.linear(x, weight) for _ in range(10)]
+
+    with ThreadPoolExecutor(3) as callers:
+        for expected, results in zip(alone, callers.map(repeat, rows), strict=True):
+            assert all(torch.equal(result, expected) for result in results)
+
+
+def test_nobody_waits_for_a_helper_that_has_not_begun(monkeypatch):
+    monkeypatch.setattr(threads.Helper, "_serve", lambda self: None)
+    threads._pool.cache_clear()
+    weight = pack(ccq(rng(0), 1024, 3000))
+    x = torch.randn(1, 1024, generator=rng(1))
+    alone = cpu.linear(x, weight)
+    torch.set_num_threads(4)
+    assert torch.equal(cpu.linear(x, weight), alone)
+    threads._pool.cache_clear()
 
 
 @quick
@@ -240,8 +275,16 @@ class TestPrepare:
         assert bits < {ccq: 2.2, int4: 4.1, int8: 8.1}[make]
 
     def test_dense_ones_stay_dense(self):
-        weight = DenseWeight(torch.zeros(2048, 1024))
-        assert isinstance(ops.prepare(weight, dtype=torch.bfloat16, device=CPU), DensePrepared)
+        weight = DenseWeight(torch.randn(2048, 1024, generator=rng(0)))
+        for dtype in (torch.bfloat16, torch.float32):
+            assert isinstance(ops.prepare(weight, dtype=dtype, device=CPU), DensePrepared)
+
+    def test_what_was_bf16_takes_16_bits(self):
+        weight = DenseWeight(torch.randn(2048, 1024, generator=rng(0)).bfloat16().float())
+        prepared = ops.prepare(weight, dtype=torch.float32, device=CPU)
+        assert isinstance(prepared, HalfPrepared)
+        assert prepared.num_bytes == 2 * 2048 * 1024
+        assert torch.equal(prepared.weight.float(), weight.weight)
 
     def test_formats_without_a_kernel_are_decoded_with_a_word_about_it(self, caplog):
         planes = torch.zeros(1024 // 32, 2, 2048, dtype=torch.int32)
@@ -273,7 +316,7 @@ OTHER_MACHINE = """
 import pytest, sys
 from kernels.cpu import storage, threads
 assert not threads.has_vnni()
-sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", sys.argv[2], sys.argv[1]]))
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", sys.argv[1], *sys.argv[2:]]))
 """
 
 
@@ -284,9 +327,11 @@ def test_machines_without_vnni_compute_the_same(tmp_path):
         "NUMBA_CPU_FEATURES": "+sse4.2,+avx,+avx2,+fma,+bmi,+bmi2",
         "NUMBA_CACHE_DIR": str(tmp_path),
     }
-    chosen = "reference_to_the_bit or errs or alone or moe or finite"
+    chosen = "reference_to_the_bit or errs or alone or moe or finite or bf16_weights or rms_norm or paged_attention or "
+    chosen += "test_route or silu or rotary_and_store"
+    files = [str(Path(__file__).with_name(name)) for name in ("test_cpu_kernels.py", "test_int8_cache_kernels.py")]
     done = subprocess.run(
-        [sys.executable, "-c", OTHER_MACHINE, __file__, chosen],
+        [sys.executable, "-c", OTHER_MACHINE, chosen, __file__, *files],
         env=environment, cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -108,7 +108,23 @@ SAMPLING_MISTAKES = [
     ("stream", "yes"),
     ("stream_options", {"include_usage": True}),
     ("stream_options", 5),
-    ("response_format", {"type": "json_object"}),
+    ("response_format", {"type": "json"}),
+    ("response_format", {"type": "json_schema"}),
+    ("response_format", {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nonsense"}}}),
+    ("response_format", {"type": "structural_tag", "format": {"type": "nonsense"}}),
+    ("structured_outputs", {"regex": "("}),
+    ("structured_outputs", {"choice": []}),
+    ("guided_json", "{"),
+    ("guided_json", {"$ref": "#/nowhere"}),
+    ("guided_regex", "("),
+    ("guided_choice", []),
+    ("guided_grammar", "root ::="),
+    ("priority", 2**40),
+    ("prompt_logprobs", 21),
+    ("audio", {"voice": "alloy"}),
+    ("use_beam_search", True),
+    ("allowed_token_ids", [5]),
+    ("skip_special_tokens", False),
     ("model", 5),
 ]
 
@@ -127,7 +143,22 @@ def test_a_bad_option_is_named(http: httpx.Client, path: str, field: str, value:
         ("max_completion_tokens", 0),
         ("top_logprobs", 5),
         ("logprobs", 5),
-        ("tools", [{"type": "function", "function": {"name": "f"}}]),
+        ("tools", [{"type": "custom", "custom": {"name": "f"}}]),
+        ("tools", [{"type": "function", "function": {"name": "two words"}}]),
+        ("tools", [{"type": "function", "function": {"name": "f"}}] * 2),
+        (
+            "tools",
+            [{"type": "function", "function": {"name": "f", "parameters": {"type": "nonsense"}, "strict": True}}],
+        ),
+        ("tool_choice", "required"),
+        ("tool_choice", {"type": "function", "function": {"name": "f"}}),
+        ("functions", [{"name": "f"}]),
+        ("function_call", {"name": "f"}),
+        ("modalities", ["text", "audio"]),
+        ("web_search_options", {"search_context_size": "low"}),
+        ("continue_final_message", True),
+        ("chat_template", "{{ messages }}"),
+        ("reasoning_max_tokens", 5),
         ("chat_template_kwargs", {"messages": []}),
         ("messages", []),
         ("messages", "Hello"),
@@ -152,6 +183,10 @@ def test_too_many_top_logprobs(http: httpx.Client) -> None:
         ({"role": "user"}, "messages[1]"),
         ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}, "messages[1].content"),
         ("Hi", "messages[1]"),
+        ({"role": "function", "name": "f", "content": "1"}, "messages[1].role"),
+        ({"role": "assistant", "content": "", "audio": {"id": "x"}}, "messages[1]"),
+        ({"role": "user", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": ""}}]}, "messages[1]"),
+        ({"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}, "messages[1].tool_calls"),
     ],
 )
 def test_a_bad_message_is_named(http: httpx.Client, message: Any, param: str) -> None:
@@ -175,7 +210,8 @@ def test_a_bad_message_is_named(http: httpx.Client, message: Any, param: str) ->
         ("prompt", [1.5]),
         ("prompt", ["a"] * 2000),
         ("suffix", "the end"),
-        ("best_of", 3),
+        ("best_of", 0),
+        ("best_of", 1000),
         ("logprobs", -1),
         ("logprobs", "many"),
         ("echo", "yes"),
@@ -185,8 +221,15 @@ def test_a_bad_completion_option_is_named(http: httpx.Client, field: str, value:
     check(http.post(COMPLETIONS, json=completion(**{field: value})), 400, field)
 
 
-def test_echo_with_logprobs_is_refused(http: httpx.Client) -> None:
-    check(http.post(COMPLETIONS, json=completion(echo=True, logprobs=1)), 400, "logprobs")
+def test_contradictions(http: httpx.Client) -> None:
+    check(http.post(COMPLETIONS, json=completion(n=3, best_of=2)), 400, "best_of")
+    check(http.post(COMPLETIONS, json=completion(best_of=2, stream=True)), 400, "best_of")
+    check(http.post(COMPLETIONS, json=completion(prompt_logprobs=1, stream=True)), 400, "prompt_logprobs")
+    both = {"response_format": {"type": "json_object"}, "guided_regex": "a+"}
+    assert "several" in check(http.post(CHAT, json=chat(**both)), 400, "guided_regex")
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    named = {"type": "function", "function": {"name": "g"}}
+    assert "'g'" in check(http.post(CHAT, json=chat(tools=tools, tool_choice=named)), 400, "tool_choice")
 
 
 def test_missing_fields(http: httpx.Client) -> None:

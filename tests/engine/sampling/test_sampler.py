@@ -7,9 +7,10 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.errors import EngineDeadError
-from engine.execution.filters import HEAD, Filter, candidates
+from engine.execution.filters import HEAD, Filter, candidates, sorted_candidates
 from engine.execution.penalties import adjust
 from engine.execution.sampler import Sampler, SamplingRow
 from engine.sampling_params import SamplingParams
@@ -62,7 +63,11 @@ def kept_sets(scores, filters):
         ids = part.token_ids.expand(part.scores.shape)
         for j, i in enumerate(part.rows.tolist()):
             assert i not in found
-            found[i] = set(ids[j][part.scores[j] > -math.inf].tolist())
+            if part.settled is None or part.settled[j]:
+                found[i] = set(ids[j][part.scores[j] > -math.inf].tolist())
+            else:
+                whole = sorted_candidates(scores[i : i + 1], [filters[i]])
+                found[i] = set(whole.token_ids[whole.scores[0] > -math.inf].tolist())
     return found
 
 
@@ -379,6 +384,51 @@ def test_min_tokens_holds_off_every_stop_and_no_longer_than_it_should():
     assert sampler(values, [row(output=[5, 6], **options)])[0].token_id == EOS
     # An EOS that is ignored stops nothing, so nothing is to be held off.
     assert sampler(values, [row(output=[], ignore_eos=True, **options)])[0].token_id == EOS
+
+
+class Transfers(TorchDispatchMode):
+    """Counts what makes the host wait for the device: reading a tensor's values."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("settled", [True, False])
+def test_one_transfer_tells_all_unless_a_row_has_to_be_sorted(settled, monkeypatch):
+    reads = []
+    original = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: reads.append(tensor) or original(tensor))
+    options = [{"temperature": 0}, {}, {"top_k": 5}, {"top_p": 0.9 if settled else 0.9999}, {"min_p": 0.1}]
+    with Transfers() as transfers:
+        Sampler(2000, 1900, [EOS])(
+            logits(5, 2000, scale=4.0 if settled else 0.1), [row(i, **o) for i, o in enumerate(options)]
+        )
+    assert len(reads) == (1 if settled else 2)
+    assert transfers.count == 0
+
+
+def test_a_grammars_mask_leaves_what_it_allows():
+    values = logits(3)
+    words = np.zeros(2, dtype=np.int32)
+    words[:] = [(1 << 5) | -(1 << 31), 1 << 0]  # tokens 5, 31 and 32
+    sampler = Sampler(VOCAB, USED, [EOS])
+    for position in range(30):
+        bound = SamplingRow(SamplingParams(seed=3), [], [], position, words)
+        greedy = SamplingRow(SamplingParams(temperature=0, min_tokens=3), [], [], position, words)
+        free = row(position, logprobs=1)
+        together = sampler(values, [bound, free, greedy])
+        assert together[0].token_id in (5, 31, 32)
+        assert together[1] == sampler(values[1:2], [free])[0]
+        assert together[2].token_id == max((5, 31, 32), key=lambda token: values[2, token])
+        assert [one.token_id for one in sampler(values[[0, 2]], [bound, greedy])] == [
+            together[0].token_id,
+            together[2].token_id,
+        ]
 
 
 # --- log probabilities ---------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from engine.errors import RequestError
+from engine.messages import TokenLogprobs
 from engine.sampling_params import SamplingParams
 from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.prefix import extend_hashes
@@ -20,6 +21,7 @@ from engine.scheduling.request import Request, RequestStatus
 from engine.scheduling.scheduler import ScheduledRequest, Scheduler
 
 PARAMS = SamplingParams(seed=0)
+PROMPT_PARAMS = SamplingParams(seed=0, prompt_logprobs=0)
 VOCAB_SIZE = 3
 
 Slot = tuple[int, int, int]
@@ -57,10 +59,33 @@ class Simulation:
         self.num_preemptions = 0
         self.num_prefix_hits = 0
         self.num_merged_blocks = 0
+        self.were_held: set[str] = set()
+        self.findable: set[bytes] = set()  # as told by the pool's changes
 
-    def add(self, prompt: list[int], max_tokens: int) -> Request | None:
-        """Add a request; it must be refused exactly if it could never run. Returns None then."""
-        request = Request(f"r{self.num_added}", prompt, PARAMS, max_tokens)
+    def add(
+        self,
+        prompt: list[int],
+        max_tokens: int,
+        *,
+        priority: int = 0,
+        given: int = 0,
+        prompt_logprobs: bool = False,
+        held: bool = False,
+    ) -> Request | None:
+        """Add a request; it must be refused exactly if it could never run. Returns None then.
+
+        Args:
+            given: so many of its tokens have been generated elsewhere.
+        """
+        given = min(given, max_tokens - 1)
+        request = Request(
+            f"r{self.num_added}",
+            prompt,
+            PROMPT_PARAMS if prompt_logprobs else PARAMS,
+            max_tokens,
+            output_token_ids=generate_alone(prompt, given),
+            priority=priority,
+        )
         self.num_added += 1
         scheduler = self.scheduler
         size = len(prompt) + max_tokens
@@ -72,10 +97,17 @@ class Simulation:
                 scheduler.add(request)
             assert refusal.value.field in ("prompt", "max_tokens")
             return None
-        scheduler.add(request)
+        scheduler.add(request, held=held)
+        if held:
+            self.were_held.add(request.request_id)
         self.live[request.request_id] = request
         self.digests[request.request_id] = []
         return request
+
+    def release(self, request_id: str) -> None:
+        """Let a held request go, if it is."""
+        if self.live[request_id].status is RequestStatus.HELD:
+            self.scheduler.release(self.live[request_id])
 
     def abort(self, request_id: str) -> None:
         known = self.live.pop(request_id, None) is not None
@@ -90,6 +122,7 @@ class Simulation:
         self._check_schedule(scheduled, before, preemptions_before)
         self._write(scheduled)
         sampled = self._read(scheduled)
+        self._note_prompt_logprobs(scheduled)
         before_update()
         tables = {part.request.request_id: list(part.request.block_table) for part in scheduled}
         self.scheduler.update(scheduled, sampled)
@@ -103,6 +136,7 @@ class Simulation:
             self.num_merged_blocks += sum(before != after for before, after in pairs)
             assert request.num_computed_tokens == part.start + part.num_new_tokens
             if len(request.output_token_ids) == request.max_tokens:
+                assert request.prompt_logprobs is None or not request.wants_prompt_logprobs
                 alone = generate_alone(request.prompt_token_ids, request.max_tokens)
                 assert request.output_token_ids == alone
                 self.scheduler.finish(request)
@@ -110,8 +144,12 @@ class Simulation:
                 self.num_finished += 1
 
     def drain(self) -> None:
-        """Run until all is done. The oldest request advances in each step, which bounds their number."""
+        """Run until all is done. The first running request advances in each step, which bounds their number: all of
+        its work may be done again once for each request that takes its place."""
+        for request_id in self.live:
+            self.release(request_id)
         bound = sum(len(request.prompt_token_ids) + request.max_tokens for request in self.live.values())
+        bound *= max(1, len(self.live))
         for _ in range(bound):
             if not self.live:
                 break
@@ -129,11 +167,20 @@ class Simulation:
         self.scheduler.check()
         requests = list(self.live.values())
         running = [request for request in requests if request.status is RequestStatus.RUNNING]
-        assert running == requests[: len(running)], "an older request waits while a younger one runs"
+        for priority in {request.priority for request in requests}:
+            # One that was held has its place before those that ran meanwhile.
+            equals = [r for r in requests if r.priority == priority and r.request_id not in self.were_held]
+            status = [request.status is RequestStatus.RUNNING for request in equals]
+            assert status == sorted(status, reverse=True), "an older request waits while a younger one runs"
         assert len(running) == self.scheduler.num_running <= self.scheduler.max_num_seqs
         assert len(requests) - len(running) == self.scheduler.num_waiting
         for request in running:
             assert 0 <= request.num_computed_tokens < request.num_tokens
+        cached, evicted = self.pool.changes()
+        assert not self.findable & set(cached)
+        assert self.findable >= set(evicted)
+        self.findable = self.findable.union(cached).difference(evicted)
+        assert self.findable == set(self.pool.published()) == set(self.pool._published)
         for block_hash, block_id in self.pool._published.items():
             first = block_id * self.pool.block_size
             content = [self.memory[first + i] for i in range(self.pool.block_size)]
@@ -142,9 +189,19 @@ class Simulation:
     def _check_schedule(
         self, scheduled: list[ScheduledRequest], before: dict[str, RequestStatus], preemptions_before: int
     ) -> None:
-        if self.live:
+        ready = [self.live[request_id] for request_id, was in before.items() if was is not RequestStatus.HELD]
+        if ready:
             assert scheduled, "work, but nothing scheduled"
-            assert scheduled[0].request is next(iter(self.live.values())), "the oldest request doesn't advance"
+            running = [request for request in ready if before[request.request_id] is RequestStatus.RUNNING]
+            first = min(running or ready, key=lambda request: request.order)
+            assert scheduled[0].request is first, "the request whose turn it is doesn't advance"
+            stayed = [request.order for request in running if request.status is RequestStatus.RUNNING]
+            preempted = [request.order for request in running if request.status is RequestStatus.WAITING]
+            assert not preempted or max(stayed) < min(preempted), "preempted out of order"
+            waiting = [request.order for request in ready if before[request.request_id] is RequestStatus.WAITING]
+            admitted = [part.request.order for part in scheduled if part.request.order in waiting]
+            assert admitted == sorted(waiting)[: len(admitted)] or preempted, "admitted out of order"
+        assert sum(part.num_prompt_rows for part in scheduled) <= self.scheduler.max_prompt_rows
         assert sum(part.num_new_tokens for part in scheduled) <= self.scheduler.max_num_batched_tokens
         assert len(scheduled) <= self.scheduler.max_num_seqs
         for part in scheduled:
@@ -157,7 +214,7 @@ class Simulation:
             if before[request.request_id] is RequestStatus.WAITING:
                 assert part.start % self.pool.block_size == 0
                 self.num_prefix_hits += part.start > 0
-                if not self.scheduler.enable_chunked_prefill:
+                if not self.scheduler.enable_chunked_prefill and not request.wants_prompt_logprobs:
                     whole = part.start + part.num_new_tokens == request.num_tokens
                     assert whole or request.num_tokens - part.start > self.scheduler.max_num_batched_tokens
             if not self.scheduler.enable_prefix_caching:
@@ -169,6 +226,20 @@ class Simulation:
         num_preemptions = sum(request.num_preemptions for request in self.live.values()) - preemptions_before
         assert num_preemptions == num_moved_back, "a request was preempted and came back in the same step"
         self.num_preemptions += num_preemptions
+
+    def _note_prompt_logprobs(self, scheduled: list[ScheduledRequest]) -> None:
+        for part in scheduled:
+            request = part.request
+            if part.num_prompt_rows:
+                assert request.prompt_logprobs is not None
+                assert part.start < len(request.prompt_logprobs), "positions were skipped"
+                rows = range(part.start + 1, part.start + 1 + part.num_prompt_rows)
+                request.prompt_logprobs[part.start + 1 :] = [
+                    TokenLogprobs(request.prompt_token_ids[row], 0.0, 1) for row in rows
+                ]
+            if part.samples and request.prompt_logprobs is not None:
+                tokens = [entry.token_id for entry in request.prompt_logprobs if entry is not None]
+                assert [request.prompt_token_ids[0], *tokens] == request.prompt_token_ids
 
     def _slot(self, request: Request, position: int) -> int:
         return request.block_table[position // self.pool.block_size] * self.pool.block_size + (

@@ -106,6 +106,24 @@ def test_a_second_copy_gives_way_to_a_free_first_one() -> None:
     pool.check([[first]])
 
 
+def test_changes_are_net() -> None:
+    pool = BlockPool(2, block_size=2)
+    [a] = published_blocks(pool, [b"a"])
+    assert pool.changes() == ([b"a"], [])
+    assert pool.changes() == ([], [])
+    pool.release([a])
+    held = pool.allocate(2)
+    pool.publish(held[0], b"a")  # gone, and there again in another block or the same
+    pool.publish(held[1], b"b")
+    pool.release(held[1:])
+    pool.allocate(1)
+    assert pool.changes() == ([], [])
+    assert pool.published() == [b"a"]
+    pool.release(held[:1])
+    pool.allocate(1)
+    assert pool.changes() == ([], [b"a"])
+
+
 @pytest.mark.parametrize("tables", [[], [[0]], [[0, 1], [0]], [[0, 2]]])
 def test_check_notices_tables_that_differ_from_the_books(tables: list[list[int]]) -> None:
     pool = BlockPool(3, block_size=2)

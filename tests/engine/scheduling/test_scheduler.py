@@ -13,13 +13,13 @@ from engine.scheduling.scheduler import ScheduledRequest, Scheduler
 names = (f"r{i}" for i in itertools.count())
 
 
-def request(prompt: int | list[int], max_tokens: int = 8) -> Request:
+def request(prompt: int | list[int], max_tokens: int = 8, **options: object) -> Request:
     """A request for given tokens, or for so many that nobody else has."""
     name = next(names)
     if isinstance(prompt, int):
         first = 1000 * int(name[1:])
         prompt = list(range(first, first + prompt))
-    return Request(name, prompt, SamplingParams(seed=0), max_tokens)
+    return Request(name, prompt, SamplingParams(seed=0), max_tokens, **options)  # type: ignore[arg-type]
 
 
 def scheduler(num_blocks: int = 100, block_size: int = 4, **options: int | bool) -> Scheduler:
@@ -108,16 +108,92 @@ def test_without_chunked_prefill_a_recomputation_larger_than_the_budget_still_go
 
 def test_a_prefix_is_found_once_the_step_that_computes_it_is_complete() -> None:
     s, prompt = scheduler(max_num_batched_tokens=100), list(range(10))
-    a, b, c = (request(prompt) for _ in range(3))
+    a, b = request(prompt), request(prompt[:8] + list(range(50, 70)))
     s.add(a)
     s.add(b)
-    assert step(s) == [(a, 0, 10, True), (b, 0, 10, True)]
+    assert step(s) == [(a, 0, 10, True), (b, 0, 28, True)]  # of b, too little is a's
     assert a.block_table[:2] == b.block_table[:2]  # two copies were computed, one is kept
     assert a.block_table[2] != b.block_table[2]
+    c = request(prompt)
     s.add(c)
     assert (c, 8, 2, True) in step(s)
     assert (a.num_cached_tokens, c.num_cached_tokens) == (0, 8)
     assert c.block_table[:2] == a.block_table[:2]
+
+
+def test_one_prefix_of_several_that_come_together_is_computed_once() -> None:
+    s, prompt = scheduler(max_num_batched_tokens=16), list(range(22))
+    copies = [request(prompt) for _ in range(3)]
+    last = request(5)
+    for one in (*copies, last):
+        s.add(one)
+    assert step(s) == [(copies[0], 0, 16, False)]
+    assert step(s) == [(copies[0], 16, 6, True)]  # the others wait for its fifth block, and so does who comes after
+    assert step(s) == [(copies[0], 22, 1, True), (copies[1], 20, 2, True), (copies[2], 20, 2, True), (last, 0, 5, True)]
+    assert s.totals.prefill_tokens == 22 + 2 + 2 + 5
+    assert (s.totals.queried_tokens, s.totals.cached_tokens) == (22 * 3 + 5, 40)
+
+
+def test_who_waits_for_a_prefix_computes_it_if_the_other_is_gone() -> None:
+    s, prompt = scheduler(), list(range(22))
+    a, b = request(prompt), request(prompt)
+    s.add(a)
+    s.add(b)
+    scheduled = s.schedule()
+    assert [part.request for part in scheduled] == [a]
+    s.abort(a.request_id)
+    s.update(scheduled, {a.request_id: 7})
+    assert step(s) == [(b, 0, 22, True)]
+
+
+def test_a_lower_number_goes_first_and_is_preempted_last() -> None:
+    s = scheduler(num_blocks=8, block_size=2, max_num_seqs=3)
+    low, high, middle = (request(2, max_tokens=12, priority=priority) for priority in (5, -5, 0))
+    s.add(low)
+    step(s)
+    s.add(middle)
+    s.add(high)
+    assert [one for one, *_ in step(s)] == [low, high, middle]  # who runs already is served before who waits
+    assert [one for one, *_ in step(s)] == [high, middle, low]
+    while low.status is RequestStatus.RUNNING:
+        step(s)
+    assert (high.num_preemptions, middle.num_preemptions) == (0, 0)
+    late = request(2, priority=4)
+    s.add(late)
+    s.finish(high)
+    s.finish(middle)
+    assert [one for one, *_ in step(s)] == [late, low]
+    assert s.totals.preemptions == 1
+
+
+def test_a_held_request_keeps_its_place_and_holds_up_nobody() -> None:
+    s, held, other, last = scheduler(max_num_seqs=2), request(3), request(3), request(3)
+    s.add(held, held=True)
+    s.add(other)
+    assert (s.num_waiting, s.num_prefill_tokens) == (2, 6)
+    assert [one for one, *_ in step(s)] == [other]
+    s.add(last, held=True)
+    s.release(last)
+    s.release(held)
+    assert [one for one, *_ in step(s)] == [other, held]
+    s.abort(other.request_id)
+    assert [one for one, *_ in step(s)] == [held, last]
+    gone = request(3)
+    s.add(gone, held=True)
+    assert s.abort(gone.request_id)
+    s.check()
+
+
+def test_given_output_is_prefilled_like_a_prompt() -> None:
+    s, a = scheduler(max_num_batched_tokens=8), request([1, 2, 3], max_tokens=16, output_token_ids=[7] * 9)
+    s.add(a)
+    assert step(s) == [(a, 0, 8, False)]
+    assert step(s) == [(a, 8, 4, True)]
+    assert a.output_token_ids == [7] * 10
+    b = request([1, 2, 3], max_tokens=16, output_token_ids=[7] * 9)
+    s.add(b)
+    assert (b, 8, 4, True) in step(s)
+    assert b.num_cached_tokens == 3  # of the prompt
 
 
 @pytest.mark.parametrize(("length", "cached"), [(3, 0), (4, 0), (5, 4), (8, 4), (9, 8)])

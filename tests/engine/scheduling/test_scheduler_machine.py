@@ -23,13 +23,31 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_model_len=st.integers(20, 60),
         enable_prefix_caching=st.sampled_from([True, True, False]),
         enable_chunked_prefill=st.sampled_from([True, True, False]),
+        max_prompt_rows=st.integers(1, 12),
     )
     def start(self, **options: int | bool) -> None:
         self.simulation = Simulation(**options)  # type: ignore[arg-type]
 
-    @rule(stem=st.sampled_from(STEMS), shared=st.integers(0, 20), tail=tokens, max_tokens=st.integers(1, 16))
-    def add(self, stem: list[int], shared: int, tail: list[int], max_tokens: int) -> None:
-        self.simulation.add(stem[:shared] + tail or [0], max_tokens)
+    @rule(
+        stem=st.sampled_from(STEMS),
+        shared=st.integers(0, 20),
+        tail=tokens,
+        max_tokens=st.integers(1, 16),
+        priority=st.sampled_from([0, 0, 0, -1, 2]),
+        given=st.sampled_from([0, 0, 1, 5]),
+        prompt_logprobs=st.sampled_from([False, False, True]),
+    )
+    def add(self, stem: list[int], shared: int, tail: list[int], max_tokens: int, **options: int | bool) -> None:
+        self.simulation.add(stem[:shared] + tail or [0], max_tokens, **options)  # type: ignore[arg-type]
+
+    @rule(stem=st.sampled_from(STEMS), length=st.integers(1, 20), priority=st.sampled_from([0, 1]))
+    def add_held(self, stem: list[int], length: int, priority: int) -> None:
+        self.simulation.add(stem[:length], 3, priority=priority, held=True)
+
+    @precondition(lambda self: self.simulation.live)
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        self.simulation.release(data.draw(st.sampled_from(sorted(self.simulation.live))))
 
     @rule(stem=st.sampled_from(STEMS), length=st.integers(1, 16), copies=st.integers(2, 4))
     def add_copies(self, stem: list[int], length: int, copies: int) -> None:
@@ -94,7 +112,8 @@ def test_the_simulation_reaches_what_it_is_for(enable_prefix_caching: bool, enab
     for _ in range(400):
         for _ in range(draw.choice([0, 0, 0, 0, 2])):
             tail = [draw.randrange(VOCAB_SIZE) for _ in range(draw.randrange(6))]
-            simulation.add(draw.choice(STEMS)[: draw.randrange(1, 20)] + tail, draw.randrange(1, 30))
+            prompt = draw.choice(STEMS)[: draw.randrange(1, 20)] + tail
+            simulation.add(prompt, draw.randrange(1, 30), priority=draw.choice([0, 0, 1]))
         simulation.step()
         simulation.check()
     simulation.drain()

@@ -47,7 +47,7 @@ def test_ernies_format_without_a_template(plain_tokenizer):
     assert render([user("Q"), {"role": "assistant", "content": None}], add_generation_prompt=False).endswith(f": {END}")
 
 
-@pytest.mark.parametrize("role", ["tool", "developer", "", "<|end_of_sentence|>"])
+@pytest.mark.parametrize("role", ["function", "developer", "", "<|end_of_sentence|>"])
 def test_ernies_format_refuses_other_roles(plain_tokenizer, role):
     with pytest.raises(RequestError, match="none of system, user, assistant") as caught:
         plain_tokenizer.encode_chat([user("Q"), {"role": role, "content": "x"}])

@@ -1,13 +1,14 @@
 """Prompts and parameters become engine requests, or a refusal that names the field."""
 
+import json
 import subprocess
 import sys
 
 import pytest
 
-from engine.errors import RequestError
+from engine.errors import ConfigError, RequestError
 from engine.requests import expand
-from engine.sampling_params import SamplingParams
+from engine.sampling_params import SamplingParams, default_sampling
 
 
 def one(prompt, max_model_len=16, used_vocab_size=100, **options):
@@ -87,6 +88,29 @@ def test_wrong_parameters_are_refused_by_name(options, field):
     with pytest.raises(RequestError) as caught:
         SamplingParams.parse(**options)
     assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        (None, {}),
+        ({"eos_token_id": 2, "do_sample": False}, {}),
+        ({"temperature": 0.8, "top_p": 0.8, "top_k": None}, {"temperature": 0.8, "top_p": 0.8}),
+        ({"top_k": 20, "repetition_penalty": 1.05, "max_length": 9}, {"top_k": 20, "repetition_penalty": 1.05}),
+    ],
+)
+def test_a_models_own_sampling_defaults_are_read(tmp_path, written, expected):
+    if written is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(written))
+    assert default_sampling(tmp_path) == expected
+    SamplingParams(**default_sampling(tmp_path))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"temperature": -1}', '{"top_k": "many"}', "\xff"])
+def test_malformed_sampling_defaults_name_their_file(tmp_path, text):
+    (tmp_path / "generation_config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"generation_config\.json"):
+        default_sampling(tmp_path)
 
 
 def test_importing_the_light_parts_does_not_load_torch():

@@ -42,6 +42,15 @@ def test_blocks_and_heads_of_any_size(block_size, head_dim):
     check(Batch([(1, 50), (18, 40), (1, 3)], (2, 4), block_size=block_size, head_dim=head_dim))
 
 
+@pytest.mark.parametrize("head_dim", [8, 80, 96, 112, 192, 256])
+def test_heads_of_any_size_up_to_256(head_dim, monkeypatch):
+    monkeypatch.setattr(attention, "MIN_SPLIT_KEYS", 16)
+    dtype = torch.float32 if head_dim < 100 else torch.float16
+    cache_dtype = torch.int8 if head_dim in (96, 192) else dtype
+    requests = [(1, 50), (18, 40), (1, 3)]
+    check(Batch(requests, (1, 2), head_dim=head_dim, dtype=dtype, cache_dtype=cache_dtype))
+
+
 @pytest.mark.parametrize("cache_dtype", [torch.float16, torch.int8])
 def test_fp16(cache_dtype):
     check(Batch(MIXED, (2, 4), dtype=torch.float16, cache_dtype=cache_dtype))
@@ -109,11 +118,11 @@ def test_how_contexts_are_divided():
 
 
 def test_other_heads_go_to_the_reference_with_one_warning(caplog):
-    batch = Batch([(1, 20), (3, 9)], (2, 2), head_dim=24)
+    batch = Batch([(1, 20), (3, 9)], (2, 2), head_dim=264)
     with caplog.at_level(logging.WARNING):
         check(batch)
         check(batch)
-    assert [record.getMessage().split(" have")[0] for record in caplog.records] == ["attention heads of 24 features"]
+    assert [record.getMessage().split(" have")[0] for record in caplog.records] == ["attention heads of 264 features"]
 
 
 def test_metadata_of_another_device_is_refused():

@@ -61,6 +61,8 @@ class Machine:
             return v[0]
         if name == "shr.u32":
             return v[0] >> v[1]
+        if name == "and.b32":
+            return v[0] & v[1]
         if name == "prmt.b32":
             source = v[0] | v[1] << 32
             return sum((source >> 8 * (v[2] >> 4 * i & 7) & 255) << 8 * i for i in range(4))
@@ -95,41 +97,71 @@ def run(text: str, outputs: int, inputs: list[int]) -> list[float]:
     return [float(value) for i in range(outputs) for value in halves(machine.registers[f"${i}"])]
 
 
-def both(value: float) -> list[int]:
-    """Two registers of fp16 for four elements."""
-    return [joined(np.array([value, value]))] * 2
-
-
 def windows(word: int) -> list[int]:
     return [(word >> shift & 63) - 32 for shift in (9, 6, 3, 0)]
 
 
-@pytest.mark.parametrize(
-    ("kind", "pair", "shift"),
-    [
-        (decode.CCQ_PAIR.value, make.PAIR, words.PAIR_SHIFT),
-        (decode.CCQ_WIDE.value, make.WIDE, words.WIDE_SHIFT),
-        (decode.CCQ_EXACT.value, make.WIDE, 0),
-        (decode.CCQ_EXACT.value, (100.7, -300.25), 0),
-    ],
-)
-@pytest.mark.parametrize("scale", [0, 1, 7, 15])
-def test_every_byte_of_ccq_is_decoded_exactly(kind, pair, shift, scale):
+def ccq_line(kind: int, pair: tuple[float, float]) -> tuple[list[int], list[int]]:
+    """Multiplier and addend as a kernel gets them; and the words they have to give."""
     slope, zero = torch.tensor([pair[0]]), torch.tensor([pair[1]])
-    found = words.lines(slope, zero, shift=shift) if shift else (slope.view(torch.int32), zero.view(torch.int32))
-    assert found is not None
-    line = [int(part.item()) & MASK for part in found]
+    expected = words.words(slope, zero)[:, 0].tolist()
+    if kind == decode.CCQ_EXACT.value:
+        return [int(part.view(torch.int32).item()) & MASK for part in (slope, zero)], expected
+    shift = words.PAIR_SHIFT if kind == decode.CCQ_PAIR.value else words.WIDE_SHIFT
+    found = words.lines(slope, zero, shift=shift)
+    assert found.there
+    line = [int(part.item()) & MASK for part in (found.multiplier, found.addend)]
     if kind == decode.CCQ_PAIR.value:
         line[1] *= 0x10001
-    offsets = (-160.0, -1056.0) if shift == 0 else (-192.0, -1088.0)
-    factors = both(scale * 0.125) + both(scale) + both(scale * offsets[0]) + both(scale * offsets[1])
-    expected = words.words(slope, zero)[:, 0].tolist()
+    return line, expected
+
+
+KINDS = [
+    (decode.CCQ_PAIR.value, make.PAIR),
+    (decode.CCQ_WIDE.value, make.WIDE),
+    (decode.CCQ_EXACT.value, make.WIDE),
+    (decode.CCQ_EXACT.value, (100.7, -300.25)),
+    (decode.CCQ_EXACT.value, (-127.3, 32000.1)),
+]
+POSITIONS = [decode.CCQ_HIGH, decode.CCQ_LOW] * 2
+
+
+@pytest.mark.parametrize(("kind", "pair"), KINDS)
+def test_every_byte_of_ccq_leaves_its_windows(kind, pair):
+    line, expected = ccq_line(kind, pair)
     for code in range(0, 256, 4):
         register = sum((code + i) << 8 * i for i in range(4))
-        got = run(decode.ASM_CCQ.value[kind], 8, [register, *[line[0]] * 4, *[line[1]] * 4, *factors])
+        got = run(decode.ASM_CCQ.value[kind], 8, [register, line[0], line[0], line[1], line[1]])
+        for i in range(4):  # byte i % 2 of element i // 2
+            for window, (v, position) in enumerate(zip(windows(expected[code + i]), POSITIONS, strict=True)):
+                assert got[2 * (2 * window + i % 2) + i // 2] == (v + 32) * 2.0 ** (position - decode.POSITION)
+
+
+@pytest.mark.parametrize(("kind", "pair"), KINDS)
+@pytest.mark.parametrize("scale", [0, 1, 7, 15])
+def test_every_byte_of_ccq_is_scaled_exactly(kind, pair, scale):
+    line, expected = ccq_line(kind, pair)
+    factor = scale * 2.0**decode.CCQ_SCALE
+    offsets = [-factor * 2.0 ** (5 + position - decode.POSITION) for position in (decode.CCQ_HIGH, decode.CCQ_LOW)]
+    factors = [joined(np.array([value, value])) for value in (factor, *offsets)]
+    for code in range(0, 256, 4):
+        register = sum((code + i) << 8 * i for i in range(4))
+        text = decode.ASM_CCQ_SCALED.value[kind]
+        got = run(text, 8, [register, line[0], line[0], line[1], line[1], *factors])
         for i in range(4):
-            want = [v * scale * (2 if shift else 1) for v in windows(expected[code + i])]
-            assert [got[4 * window + i] for window in range(4)] == want
+            for window, (v, position) in enumerate(zip(windows(expected[code + i]), POSITIONS, strict=True)):
+                want = v * scale * 2.0 ** (decode.CCQ_SCALE + position - decode.POSITION)
+                assert got[2 * (2 * window + i % 2) + i // 2] == want
+
+
+@pytest.mark.parametrize("width", [1, 2, 4, 8])
+def test_every_field_of_an_element_is_masked_out(width):
+    for low, high in ((0x0000, 0xFFFF), (0xFFFF, 0x0000), (0x1234, 0xFEDC), (0xA5A5, 0x8001)):
+        got = run(decode.ASM_FIELDS.value[width], 16 // width, [low | high << 16])
+        for field in range(16 // width):
+            unit = 2.0 ** (decode.position(field, width) - decode.POSITION)
+            want = [(element >> field * width & (1 << width) - 1) * unit for element in (low, high)]
+            assert got[2 * field : 2 * field + 2] == want
 
 
 def test_every_byte_of_int8_and_int4():
@@ -141,24 +173,27 @@ def test_every_byte_of_int8_and_int4():
 
 
 @pytest.mark.parametrize("count", [2, 3, 4])
-def test_every_byte_of_a_plane(count):
+def test_every_bit_of_a_plane(count):
     factors = [1.5, -0.625, 0.375, 0.1875][:count]
-    for code in range(0, 256, 4):
-        codes = [[(code + i) * (7 * p + 1) % 256 for i in range(4)] for p in range(count)]
-        registers = [sum(c << 8 * i for i, c in enumerate(plane)) for plane in codes]
-        got = run(decode.ASM_PLANES.value[count], 16, [*registers, *(r for f in [*factors, -0.25] for r in both(f))])
-        for window in range(8):
-            for i in range(4):
-                total = -0.25 + sum(f * (codes[p][i] >> window & 1) for p, f in enumerate(factors))
-                assert got[4 * window + i] == total
+    for code in range(0, 65536, 1021):
+        elements = [[(code + 77 * i) * (7 * p + 1) % 65536 for i in range(2)] for p in range(count)]
+        registers = [low | high << 16 for low, high in elements]
+        coefficients = [joined(np.array([f, f])) for f in (*factors, -0.25)]
+        got = run(decode.ASM_PLANES.value[count], 16, [*registers, *coefficients])
+        for field in range(16):
+            for i in range(2):
+                total = -0.25 + sum(f * (elements[p][i] >> field & 1) for p, f in enumerate(factors))
+                assert got[2 * field + i] == total
 
 
 def test_the_constraints_match_the_operands():
     for text, outputs, inputs in (
-        *((text, 8, 17) for text in decode.ASM_CCQ.value),
+        *((text, 8, 5) for text in decode.ASM_CCQ.value),
+        *((text, 8, 8) for text in decode.ASM_CCQ_SCALED.value),
+        *((text, 16 // width, 1) for width, text in decode.ASM_FIELDS.value.items()),
         (decode.ASM_INT8.value, 2, 1),
         (decode.ASM_INT4.value, 4, 1),
-        *((text, 16, 3 * count + 2) for count, text in decode.ASM_PLANES.value.items()),
+        *((text, 16, 2 * count + 1) for count, text in decode.ASM_PLANES.value.items()),
     ):
         named = {int(number) for number in re.findall(r"\$(\d+)", text)}
         assert max(named) < outputs + inputs

@@ -21,6 +21,7 @@ FORMATS = {
     "int8": lambda n, k: make.int8(EXPERTS, n=n, k=k),
     "int4": lambda n, k: make.int4(EXPERTS, n=n, k=k),
     "planes": lambda n, k: make.planes(EXPERTS, n=n, k=k, group=64),
+    "grouped": lambda n, k: make.grouped(EXPERTS, n=n, k=k),
     "dense": lambda n, k: make.plain(EXPERTS, n=n, k=k),
 }
 

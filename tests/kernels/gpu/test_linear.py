@@ -10,7 +10,7 @@ import weights as make
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.gpu import launch, words
+from kernels.gpu import decode, launch, shapes, words
 from kernels.gpu.linear import linear, prepare
 from kernels.gpu.pack import GpuPrepared
 from kernels.operands import CcqWeight, Weight
@@ -31,7 +31,12 @@ FORMATS = {
     "planes of 32": lambda n: make.planes(n=n, k=256, count=3, group=32),
     "planes of 256": lambda n: make.planes(n=n, k=512, count=4, group=256),
     "planes, half a tile": lambda n: make.planes(n=n, k=128, count=2, group=64),
-    "grouped": lambda n: make.grouped(n=n, k=128),
+    "planes, half a tile too many": lambda n: make.planes(n=n, k=384, count=2, group=64),
+    "grouped, 4 bits": lambda n: make.grouped(n=n, k=128),
+    "grouped, 4 bits, two groups a tile": lambda n: make.grouped(n=n, k=96, group=32),
+    "grouped, 4 bits, two tiles a group": lambda n: make.grouped(n=n, k=512, group=256),
+    "grouped, 2 bits": lambda n: make.grouped(n=n, k=256, bits=2),
+    "grouped, 8 bits": lambda n: make.grouped(n=n, k=160, group=32, bits=8),
     "dense": lambda n: make.plain(n=n, k=72),
     "split": lambda n: make.split(n=n, k=256),
 }
@@ -66,11 +71,15 @@ def test_rows_of_any_size_keep_their_precision(exponents, seed):
     x = x.bfloat16()
     prepared = prepare(weight, dtype=torch.bfloat16, device=make.CPU)
     assert isinstance(prepared, GpuPrepared)
-    arranged, unit = launch.arrange(x, prepared.parts[0])
+    part = prepared.parts[0]
+    arranged, unit, sums = launch.arrange(x, part, grouped=True)
     assert arranged.dtype == torch.float16
-    order = prepared.parts[0].order
-    assert order is not None
-    assert torch.equal(arranged.float() * unit.unsqueeze(1), x.float()[:, order.long()])
+    assert part.order is not None
+    shift, feature = part.order >> 16, part.order & 0xFFFF
+    whole = arranged.float() * torch.exp2(shift)
+    assert torch.equal(whole * unit.unsqueeze(1), x.float()[:, feature])
+    groups = x.float().view(len(x), -1, 64).sum(dim=-1)
+    torch.testing.assert_close(sums.flatten(1) * unit.unsqueeze(1), groups, rtol=1e-5, atol=1e-5 * float(x.abs().max()))
 
 
 @pytest.mark.parametrize("row", [torch.zeros(64), torch.full((64,), 2.0**-130)])
@@ -85,8 +94,8 @@ def test_long_rows_are_cut_and_summed_in_the_same_order():
     weight = make.int8(n=3, k=2048)
     prepared = prepare(weight, dtype=torch.float32, device=make.CPU)
     assert isinstance(prepared, GpuPrepared)
-    shape = launch.shape_for(2)
-    assert launch.splits_for(prepared.parts[0], blocks=1, shape=shape) > 1
+    shape = shapes.shape_for(2, prepared)
+    assert shapes.splits_for(prepared.parts[0], blocks=1, shape=shape) > 1
     x, bias = torch.randn(2, 2048), torch.randn(3)
     first = linear(x, prepared, bias)
     assert error(first, x @ make.dense(weight).t() + bias) < 2e-6
@@ -97,7 +106,7 @@ def test_long_rows_are_cut_and_summed_in_the_same_order():
 def test_every_tile_belongs_to_one_split(tiles, blocks):
     prepared = prepare(make.int8(n=2, k=tiles * 64), dtype=torch.float32, device=make.CPU)
     assert isinstance(prepared, GpuPrepared)
-    splits = launch.splits_for(prepared.parts[0], blocks=blocks, shape=launch.SHAPES[0])
+    splits = shapes.splits_for(prepared.parts[0], blocks=blocks, shape=shapes.SHAPES[0])
     each = -(-tiles // splits)
     assert (splits - 1) * each < tiles <= splits * each
 
@@ -111,10 +120,12 @@ def _operand_bytes(weight: Weight) -> int:
     "weight",
     [
         make.ccq(2, n=8, k=7168),
-        make.ccq(2, n=8, k=448 * 7),
+        make.ccq(2, n=8, k=64 * 99),
+        make.ccq(2, n=8, k=2048, pair=make.PAIR),
         make.int8(2, n=8, k=1024),
         make.int4(2, n=8, k=1024),
         make.planes(2, n=8, k=2048, group=256),
+        make.grouped(2, n=8, k=2048),
     ],
 )
 def test_packed_weights_take_the_memory_of_their_operand(weight):
@@ -122,15 +133,15 @@ def test_packed_weights_take_the_memory_of_their_operand(weight):
     assert isinstance(prepared, GpuPrepared)
     order = prepared.parts[0].order
     shared = 0 if order is None else order.numel() * 4  # one for all columns
-    assert prepared.num_bytes - shared <= 1.01 * _operand_bytes(weight)
+    assert prepared.num_bytes - shared <= 1.02 * _operand_bytes(weight)
     assert (prepared.out_features, prepared.in_features) == make.dense(weight).shape[1:]
 
 
 def test_what_has_no_kernel_is_decoded_and_said(caplog):
     with caplog.at_level(logging.WARNING):
-        prepared = prepare(make.grouped(n=4, k=64), dtype=torch.float32, device=make.CPU)
+        prepared = prepare(make.grouped(n=4, k=96, group=96), dtype=torch.float32, device=make.CPU)
     assert isinstance(prepared, DensePrepared)
-    assert "GroupedWeight" in caplog.text
+    assert "GroupedWeight with 96 input features" in caplog.text
 
 
 @settings(deadline=None, max_examples=30)
@@ -140,24 +151,44 @@ def test_lines_of_integers_give_the_same_words(scale, zero):
     want = words.words(one, two)[:, 0]
     for shift in (words.WIDE_SHIFT, words.PAIR_SHIFT):
         found = words.lines(one, two, shift=shift)
-        if found is not None:
-            line = torch.arange(256) * found[0].long() + found[1].long()
+        if found.there:
+            line = torch.arange(256) * found.multiplier.long() + found.addend.long()
             assert torch.equal(line >> shift & 0x7FFF, want & 0x7FFF)
             assert shift == words.WIDE_SHIFT or (int(line.min()) >= 0 and int(line.max()) < 2**16)
 
 
-def test_a_column_without_a_line_keeps_the_exact_words():
-    torch.manual_seed(3)
-    weight = make.ccq(n=4000, k=64, pair=None)  # one in several hundred pairs has no line of integers
-    bad = next(
-        n
-        for n in range(4000)
-        if words.lines(weight.code_scale[n : n + 1], weight.code_zp[n : n + 1], shift=words.WIDE_SHIFT) is None
-    )
+def columns_of(weight: CcqWeight, first: int, last: int) -> CcqWeight:
     tensors = (weight.codes, weight.group_scales, weight.super_scales, weight.code_scale, weight.code_zp)
-    weight = CcqWeight(*(t[..., bad : bad + 4] for t in tensors), row_order="plain")
+    return CcqWeight(*(t[..., first:last] for t in tensors), row_order="plain")
+
+
+@pytest.fixture(scope="module")
+def lineless() -> tuple[CcqWeight, int]:
+    """A column that no line of integers gives the words of, and where it is; one in several hundred has none."""
+    torch.manual_seed(3)
+    weight = make.ccq(n=4000, k=128, pair=None)
+    there = words.lines(weight.code_scale, weight.code_zp, shift=words.WIDE_SHIFT).there
+    return weight, int((~there).nonzero()[0])
+
+
+@pytest.mark.parametrize(
+    ("before", "columns", "kind"),
+    [(0, 4, decode.CCQ_EXACT), (130, 300, decode.CCQ_MIXED)],
+)
+@pytest.mark.parametrize("tokens", [2, 9])
+def test_a_column_without_a_line_keeps_the_exact_words(lineless, before, columns, kind, tokens):
+    """And only its block of columns pays for that."""
+    whole, bad = lineless
+    weight = columns_of(whole, bad - before, bad - before + columns)
     prepared = prepare(weight, dtype=torch.float32, device=make.CPU)
     assert isinstance(prepared, GpuPrepared)
-    assert prepared.parts[0].word_shift == 0
-    x = torch.randn(2, 64)
+    part = prepared.parts[0]
+    assert part.words == kind.value
+    assert part.exact is None or part.exact[0, before // 128] == 1
+    x = torch.randn(tokens, 128)
     assert error(linear(x, prepared), x @ make.dense(weight).t()) < 2e-6
+
+
+def test_words_that_no_kernel_makes_are_decoded_once():
+    weight = make.ccq(n=3, k=64, pair=(1e6, 0.0))
+    assert isinstance(prepare(weight, dtype=torch.float32, device=make.CPU), DensePrepared)

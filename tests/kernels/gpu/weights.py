@@ -57,10 +57,10 @@ def planes(*lead: int, n: int, k: int, count: int = 2, group: int = 128) -> Bitp
     return BitplaneWeight(words, (torch.randn(*lead, k // group, count + 1, n) * 0.2).bfloat16())
 
 
-def grouped(*lead: int, n: int, k: int) -> GroupedWeight:
-    codes = torch.randint(-(2**31), 2**31, (*lead, k // 8, n), dtype=torch.int64).to(torch.int32)
-    zeros = torch.randint(0, 16, (*lead, k // 64, n), dtype=torch.uint8)
-    return GroupedWeight(codes, zeros, torch.rand(*lead, k // 64, n) * 0.1, 4)
+def grouped(*lead: int, n: int, k: int, group: int = 64, bits: int = 4) -> GroupedWeight:
+    codes = torch.randint(-(2**31), 2**31, (*lead, k * bits // 32, n), dtype=torch.int64).to(torch.int32)
+    zeros = torch.randint(0, 2**bits, (*lead, k // group, n), dtype=torch.uint8)
+    return GroupedWeight(codes, zeros, torch.rand(*lead, k // group, n) * 0.1, bits)
 
 
 def plain(*lead: int, n: int, k: int) -> DenseWeight:

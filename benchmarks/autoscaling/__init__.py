@@ -1,0 +1,1 @@
+"""Autoscaling policies beside each other in a simulated cluster."""

@@ -1,0 +1,1 @@
+"""Routers beside each other, in a simulation of engines by discrete events."""

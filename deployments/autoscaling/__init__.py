@@ -1,0 +1,20 @@
+"""How many replicas each pool should have: a pure function, and the policies through which Serve asks it.
+
+Serve carries the module of a policy to its controller by value (cloudpickle), submodules included, and what a policy
+imports beyond it has to be installed there. So this package imports nothing else of the project.
+"""
+
+from deployments.autoscaling.planning import plan
+from deployments.autoscaling.policies import ApplicationPolicy, PoolPolicy
+from deployments.autoscaling.state import Memory, PoolMemory, PoolOptions, PoolState, ReplicaStats
+
+__all__ = [
+    "ApplicationPolicy",
+    "Memory",
+    "PoolMemory",
+    "PoolOptions",
+    "PoolPolicy",
+    "PoolState",
+    "ReplicaStats",
+    "plan",
+]

@@ -1,0 +1,339 @@
+"""The product with weights whose scales change along their input features, for few rows of activations.
+
+A sum over one group of input features needs that group's scale only once, not for each of its weights. So every group
+of a tile gets columns of its own in the tensor core's second operand: column ``row groups + g`` holds the activations
+of that row in the features of group g, and zeros elsewhere. An instruction has eight columns whether they are used or
+not; two rows and four groups fill them. What is left to do for a weight is to mask it out of its register
+(`kernels.gpu.decode`, raw fields).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kernels.gpu import decode
+from kernels.gpu.pack import Layout
+from kernels.gpu.shapes import COLUMNS, FEW, SHAPES, Shape, features_for
+from kernels.gpu.variant import Variant
+
+_POSITION = tl.constexpr(decode.POSITION)
+_CCQ_LOW = tl.constexpr(decode.CCQ_LOW)
+
+
+# Sizes that change from step to step must not make new kernels.
+@triton.jit(do_not_specialize=["T", "split_tiles", "first_split"])
+def grouped_kernel(
+    x_ptr,
+    unit_ptr,
+    sums_ptr,
+    codes_ptr,
+    column_ptr,
+    group_ptr,
+    zeros_ptr,
+    multiplier_ptr,
+    addend_ptr,
+    exact_ptr,
+    slot_ptr,
+    expert_ptr,
+    bias_ptr,
+    out_ptr,
+    T,
+    N,
+    tiles,
+    split_tiles,
+    group_rows,
+    column_stride,
+    first_split,
+    LAYOUT: tl.constexpr,
+    WORDS: tl.constexpr,
+    PLANES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    GROUP_TILES: tl.constexpr,
+    GROUPS: tl.constexpr,
+    RUN: tl.constexpr,
+    Q: tl.constexpr,
+    BN: tl.constexpr,
+    BT: tl.constexpr,
+    ROWS: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    SHARE: tl.constexpr,
+    BIAS: tl.constexpr,
+    ASM: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """``out[slot] = x[slot // SHARE] W[expert]^T`` over some of the tiles of K, in fp32.
+
+    As `kernels.gpu.multiply.multiply_kernel`, which has the reasons for what is not said here.
+
+    Args:
+        x_ptr: [rows, tiles, F, Q], arranged with shifts (`kernels.gpu.arrange`).
+        unit_ptr: fp32 [rows].
+        sums_ptr: fp32 [rows, tiles, GROUPS].
+        codes_ptr: `Packed.codes`.
+        column_ptr: `Packed.column_scale`.
+        group_ptr: `Packed.group_scales`.
+        zeros_ptr: `Packed.zeros`, grouped integers only.
+        multiplier_ptr: `Packed.multiplier`, CCQ only.
+        addend_ptr: `Packed.addend`, CCQ only.
+        exact_ptr: `Packed.exact`, for CCQ_MIXED only.
+        slot_ptr: int32 [blocks, ROWS], rows of `out` in a block, T or more where there is none; with EXPERTS.
+        expert_ptr: int32 [blocks], -1 for an empty block; with EXPERTS.
+        bias_ptr: [N], with BIAS.
+        out_ptr: [splits, T, N], fp32, or the compute dtype if nothing remains to be summed.
+        T: rows of `out`.
+        N: output features.
+        tiles: along K.
+        split_tiles: tiles of a program.
+        group_rows: groups of a column in `group_ptr`; not read for CCQ.
+        column_stride: 1, or 0 for one codebook.
+        first_split: of this part of a split weight.
+        LAYOUT: "ccq", "planes" or "grouped".
+        WORDS: of CCQ, see `decode`.
+        PLANES: bit planes.
+        WIDTH: bits of a grouped integer.
+        GROUP_TILES: tiles of a group, if it has more than one.
+        GROUPS: of a tile.
+        RUN: `Packed.run`.
+        Q: elements of a tile's column.
+        BN: output features of a program.
+        BT: columns of the second operand: 8, or more if ROWS GROUPS is.
+        ROWS: of x of a program.
+        EXPERTS: blocks of tokens sorted by expert; otherwise block b is the rows from ``b ROWS``.
+        SHARE: slots that share a row of x.
+        BIAS: whether to add one.
+        ASM: see `kernels.gpu.decode`.
+        STAGES: depth of the software pipeline, for all loads.
+    """
+    block = tl.program_id(0)
+    start = tl.program_id(1) * BN
+    n = start + tl.arange(0, BN)
+    split = tl.program_id(2)
+    inside = n < N
+    column = tl.minimum(n, N - 1)
+    q = tl.arange(0, Q)
+    c = tl.arange(0, BT)
+    slots: tl.constexpr = BT // GROUPS  # ROWS, or more where the columns would be too few
+    s = tl.arange(0, slots)
+    expert = tl.full((), 0, dtype=tl.int64)
+    slot_c = block * ROWS + c // GROUPS
+    slot_s = block * ROWS + s
+    if EXPERTS:
+        expert = tl.load(expert_ptr + block).to(tl.int64)
+        if expert < 0:
+            return
+        slot_c = tl.load(slot_ptr + slot_c, mask=c // GROUPS < ROWS, other=T)
+        slot_s = tl.load(slot_ptr + slot_s, mask=s < ROWS, other=T)
+    present_c = (c // GROUPS < ROWS) & (slot_c < T)
+    present_s = (s < ROWS) & (slot_s < T)
+    row = tl.where(present_c, slot_c // SHARE, 0).to(tl.int64)
+    group = c % GROUPS
+    here = present_c[None, :] & ((q[:, None] // RUN) % GROUPS == group[None, :])  # [Q, BT]
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+
+    first = split * split_tiles
+    last = tl.minimum(first + split_tiles, tiles)
+    at = expert * tiles + first
+    FIELDS: tl.constexpr = 8 if LAYOUT == "ccq" else 16 // WIDTH
+    x_at = x_ptr + (row[None, :] * tiles + first) * (FIELDS * Q) + q[:, None]
+    sums_at = sums_ptr + (row * tiles + first) * GROUPS + group
+    # One run of memory: no address depends on where the columns end.
+    run = tl.arange(0, BN)[:, None] * Q + q[None, :]
+    if LAYOUT == "ccq":
+        codes_at = codes_ptr + (at * N + start) * Q + run
+        scales_at = group_ptr + at * N + start + tl.arange(0, BN)
+        multiplier = tl.load(multiplier_ptr + (expert * N + column) * column_stride)
+        addend = tl.load(addend_ptr + (expert * N + column) * column_stride)
+        if WORDS == decode.CCQ_MIXED:
+            blocks = (N + 127) // 128
+            if tl.load(exact_ptr + expert * blocks + start // 128) != 0:
+                acc = _ccq(
+                    codes_at, scales_at, x_at, sums_at, here, multiplier, addend, group, first, last, N,
+                    decode.CCQ_EXACT, GROUPS, Q, BN, BT, dtype, ASM, STAGES,
+                )  # fmt: skip
+            else:
+                acc = _ccq(
+                    codes_at, scales_at, x_at, sums_at, here, multiplier, addend, group, first, last, N,
+                    decode.CCQ_WIDE, GROUPS, Q, BN, BT, dtype, ASM, STAGES,
+                )  # fmt: skip
+        else:
+            acc = _ccq(
+                codes_at, scales_at, x_at, sums_at, here, multiplier, addend, group, first, last, N,
+                WORDS, GROUPS, Q, BN, BT, dtype, ASM, STAGES,
+            )  # fmt: skip
+        factor: tl.constexpr = 2.0 ** (_POSITION - _CCQ_LOW)
+    elif LAYOUT == "planes":
+        codes_at = codes_ptr + (at * PLANES * N + start) * Q + run
+        scales_at = group_ptr + expert * group_rows * (PLANES + 1) * N + column[:, None]
+        acc = _planes(
+            codes_at, scales_at, x_at, sums_at, here, group, first, last, N,
+            PLANES, GROUP_TILES, GROUPS, Q, BN, BT, dtype, ASM, STAGES,
+        )  # fmt: skip
+        factor: tl.constexpr = 2.0**_POSITION
+    else:
+        codes_at = codes_ptr + (at * N + start) * Q + run
+        scales_at = group_ptr + expert * group_rows * N + column[:, None]
+        zeros_at = zeros_ptr + expert * group_rows * N + column[:, None]
+        acc = _grouped(
+            codes_at, scales_at, zeros_at, x_at, sums_at, here, group, first, last, N,
+            WIDTH, GROUP_TILES, GROUPS, Q, BN, BT, dtype, ASM, STAGES,
+        )  # fmt: skip
+        factor: tl.constexpr = 2.0**_POSITION
+
+    total = tl.sum(tl.reshape(acc, (BN, slots, GROUPS)), axis=2)  # [BN, slots]
+    total *= (tl.load(column_ptr + expert * N + column).to(tl.float32) * factor)[:, None]
+    total *= tl.load(unit_ptr + tl.where(present_s, slot_s // SHARE, 0))[None, :]
+    if BIAS:
+        total += tl.load(bias_ptr + column).to(tl.float32)[:, None]
+    out = out_ptr + ((first_split + split).to(tl.int64) * T + slot_s[None, :]) * N + n[:, None]
+    tl.store(out, total.to(out_ptr.dtype.element_ty), mask=present_s[None, :] & inside[:, None])
+
+
+@triton.jit
+def _ccq(
+    codes_at, scales_at, x_at, sums_at, here, multiplier, addend, group, first, last, N,
+    WORDS: tl.constexpr, GROUPS: tl.constexpr, Q: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr,
+    dtype: tl.constexpr, ASM: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """[BN, BT] in units of ``2^(CCQ_LOW - POSITION)``.
+
+    A window u stands for ``u - 32``: 32 times the group's sum is what the accumulator starts from. A group's scale is
+    masked out of its 16 bits where it stands, g times 4 bits too high, as the low bits of an fp32 of 2^23.
+    """
+    multiplier = tl.broadcast_to(multiplier[:, None], (BN, Q))
+    addend = tl.broadcast_to(addend[:, None], (BN, Q))
+    nibble = (15 << (group * 4))[None, :]
+    zero: tl.constexpr = -32.0 * 2.0 ** (_CCQ_LOW - _POSITION)
+    total = tl.zeros((BN, BT), dtype=tl.float32)
+    for _ in tl.range(first, last, num_stages=STAGES):
+        windows = decode.ccq(tl.load(codes_at), multiplier, addend, WORDS, dtype, ASM)
+        acc = tl.broadcast_to((tl.load(sums_at) * zero)[None, :], (BN, BT))
+        for field in tl.static_range(8):
+            x = tl.load(x_at + field * Q, mask=here, other=0.0)
+            acc = tl.dot(windows[field], x, acc, input_precision="ieee")
+        bits = tl.load(scales_at).to(tl.int32)[:, None] & nibble
+        total += acc * ((bits | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0)
+        codes_at += N * Q
+        scales_at += N
+        x_at += 8 * Q
+        sums_at += GROUPS
+    return total * ((127 - 4 * group) << 23).to(tl.float32, bitcast=True)[None, :]
+
+
+@triton.jit
+def _planes(
+    codes_at, scales_at, x_at, sums_at, here, group, first, last, N,
+    PLANES: tl.constexpr, GROUP_TILES: tl.constexpr, GROUPS: tl.constexpr, Q: tl.constexpr, BN: tl.constexpr,
+    BT: tl.constexpr, dtype: tl.constexpr, ASM: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """[BN, BT] in units of ``2^-POSITION``: for each group, c0 times the sum of its activations and ci times plane i's.
+
+    Each plane has an accumulator of its own: sixteen fields of an element are a mask each.
+    """
+    unit: tl.constexpr = 2.0**-_POSITION
+    total = tl.zeros((BN, BT), dtype=tl.float32)
+    for tile in tl.range(first, last, num_stages=STAGES):
+        factors = scales_at + (tile // GROUP_TILES * GROUPS + group)[None, :] * ((PLANES + 1) * N)
+        total += tl.load(factors + PLANES * N).to(tl.float32) * (tl.load(sums_at) * unit)[None, :]
+        for plane in tl.static_range(PLANES):
+            bits = decode.fields(tl.load(codes_at + plane * N * Q), 1, dtype, ASM)
+            acc = tl.zeros((BN, BT), dtype=tl.float32)
+            for field in tl.static_range(16):
+                x = tl.load(x_at + field * Q, mask=here, other=0.0)
+                acc = tl.dot(bits[field], x, acc, input_precision="ieee")
+            total += tl.load(factors + plane * N).to(tl.float32) * acc
+        codes_at += PLANES * N * Q
+        x_at += 16 * Q
+        sums_at += GROUPS
+    return total
+
+
+@triton.jit
+def _grouped(
+    codes_at, scales_at, zeros_at, x_at, sums_at, here, group, first, last, N,
+    WIDTH: tl.constexpr, GROUP_TILES: tl.constexpr, GROUPS: tl.constexpr, Q: tl.constexpr, BN: tl.constexpr,
+    BT: tl.constexpr, dtype: tl.constexpr, ASM: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """[BN, BT] in units of ``2^-POSITION``: for each group, ``scale (codes . x - zero sum(x))``."""
+    unit: tl.constexpr = 2.0**-_POSITION
+    total = tl.zeros((BN, BT), dtype=tl.float32)
+    for tile in tl.range(first, last, num_stages=STAGES):
+        values = decode.fields(tl.load(codes_at), WIDTH, dtype, ASM)
+        acc = tl.zeros((BN, BT), dtype=tl.float32)
+        for field in tl.static_range(16 // WIDTH):
+            x = tl.load(x_at + field * Q, mask=here, other=0.0)
+            acc = tl.dot(values[field], x, acc, input_precision="ieee")
+        groups = (tile // GROUP_TILES * GROUPS + group)[None, :] * N
+        zero = tl.load(zeros_at + groups).to(tl.float32)
+        total += (acc - zero * (tl.load(sums_at) * unit)[None, :]) * tl.load(scales_at + groups).to(tl.float32)
+        codes_at += N * Q
+        x_at += (16 // WIDTH) * Q
+        sums_at += GROUPS
+    return total
+
+
+_SIGNATURE = {
+    "x_ptr": "*fp16",
+    "unit_ptr": "*fp32",
+    "sums_ptr": "*fp32",
+    "codes_ptr": "*i16",
+    "column_ptr": "*bf16",
+    "group_ptr": "*i16",
+    "zeros_ptr": "*u8",
+    "multiplier_ptr": "*i32",
+    "addend_ptr": "*i32",
+    "exact_ptr": "*u8",
+    "slot_ptr": "*i32",
+    "expert_ptr": "*i32",
+    "bias_ptr": "*bf16",
+    "out_ptr": "*fp32",
+    "T": "i32",
+    "N": "i32",
+    "tiles": "i32",
+    "split_tiles": "i32",
+    "group_rows": "i32",
+    "column_stride": "i32",
+    "first_split": "i32",
+}
+_ALIGNED = (*(name for name in _SIGNATURE if name.endswith("_ptr")), "N")
+
+
+def variants() -> list[Variant]:
+    """Every layout, as ERNIE-4.5's experts call it for up to two and up to four tokens."""
+    few = [
+        _variant(name, layout, shape, words=words, planes=planes, width=width, elements=elements, group=group)
+        for shape in FEW
+        for name, layout, words, planes, width, elements, group in (
+            ("ccq_pair", "ccq", decode.CCQ_PAIR.value, 0, 1, 32, 64),
+            ("ccq_wide", "ccq", decode.CCQ_WIDE.value, 0, 1, 32, 64),
+            ("ccq_exact", "ccq", decode.CCQ_EXACT.value, 0, 1, 32, 64),
+            ("ccq_mixed", "ccq", decode.CCQ_MIXED.value, 0, 1, 32, 64),
+            ("planes2", "planes", 0, 2, 1, 32, 256),
+            ("planes4", "planes", 0, 4, 1, 32, 256),
+            ("int4_128", "grouped", 0, 0, 4, 32, 128),
+        )
+    ]
+    return [*few, _variant("int4_128", "grouped", SHAPES[0], width=4, elements=32, group=128)]
+
+
+def _variant(
+    name: str, layout: Layout, shape: Shape, *, words: int = 0, planes: int = 0, width: int, elements: int, group: int
+) -> Variant:
+    features = features_for(layout, shape)
+    fields = 8 if layout == "ccq" else 16 // width
+    groups = max(1, elements * fields // group)
+    constants = {"LAYOUT": layout, "WORDS": words, "PLANES": planes, "WIDTH": width, "GROUPS": groups, "Q": elements}
+    constants |= {"RUN": 2 if layout == "ccq" else min(elements, group // fields), "GROUP_TILES": 1, "BN": features}
+    constants |= {"BT": max(COLUMNS, shape.rows * groups), "ROWS": shape.rows, "EXPERTS": True, "SHARE": 8}
+    constants |= {"BIAS": False, "ASM": True, "STAGES": shape.stages}
+    types = {"ccq": {}, "planes": {"group_ptr": "*fp16", "column_ptr": "*fp32"}, "grouped": {"group_ptr": "*fp16"}}
+    return Variant(
+        f"grouped_{name}_experts_{shape.rows}",
+        grouped_kernel,
+        _SIGNATURE | types[layout],
+        constants,
+        num_warps=shape.warps,
+        num_stages=shape.stages,
+        aligned=_ALIGNED,
+        packed_bytes=features * elements * 2 * max(planes, 1),
+    )

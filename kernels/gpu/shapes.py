@@ -1,0 +1,76 @@
+"""Shapes of programs for products, and how many of them: all follows from sizes known without the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import triton
+
+from kernels.gpu.pack import GROUPED_LAYOUTS, GpuPrepared, Layout, Packed
+
+PROGRAMS = 1056
+"""Programs worth having, so that every multiprocessor of an H100 (132) has eight: two warps each, so that enough loads
+are in flight while some of them decode."""
+MIN_TILES = 4
+"""Fewest tiles of K that are worth a program, whose sums are then written and read again."""
+COLUMNS = 8
+"""Of a tensor core's second operand, at least."""
+MOST_COLUMNS = 128
+"""Of `kernels.gpu.grouped`: sums of more would not fit the registers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Of a program: output features, rows of activations, warps, depth of the pipeline.
+
+    Two warps in decode keep Triton from Hopper's warp-group instructions, which want the weights' bytes two by two and
+    cost a third more instructions to decode.
+    """
+
+    features: int
+    rows: int
+    warps: int
+    stages: int
+
+
+SHAPES = (Shape(64, 8, 2, 4), Shape(64, 16, 2, 4), Shape(128, 32, 8, 3), Shape(128, 64, 8, 3))
+"""The shape with the fewest rows that is enough is taken; the last for more."""
+FEW = (Shape(128, 2, 2, 4), Shape(64, 4, 2, 4))
+"""Before these, for weights whose scales change along K (`kernels.gpu.grouped`). Wider programs share a tile of
+activations among more weights, which is what is left to save once a weight costs a mask."""
+
+
+def shape_for(rows: int, *weights: GpuPrepared) -> Shape:
+    """The shape for `rows` rows of activations that share a matrix of each of `weights`."""
+    parts = [part for weight in weights for part in weight.parts]
+    shapes = FEW + SHAPES if any(part.layout in GROUPED_LAYOUTS for part in parts) else SHAPES
+    most = min((MOST_COLUMNS // part.groups for part in parts if part.layout == "grouped"), default=MOST_COLUMNS)
+    possible = [shape for shape in shapes if shape.rows <= most]
+    return next((shape for shape in possible if rows <= shape.rows), possible[-1])
+
+
+def features_for(layout: Layout, shape: Shape) -> int:
+    """Output features of a program. Bit planes want the registers of twice as many of the other formats."""
+    return shape.features // 2 if layout == "planes" and shape.rows <= SHAPES[1].rows else shape.features
+
+
+def takes_groups(weight: Packed, shape: Shape) -> bool:
+    """Whether `kernels.gpu.grouped` multiplies: grouped integers always, the others where rows are few."""
+    return weight.layout == "grouped" or (weight.layout in GROUPED_LAYOUTS and shape in FEW)
+
+
+def columns_for(weight: Packed, shape: Shape) -> int:
+    """Columns of the second operand in `kernels.gpu.grouped`."""
+    return max(COLUMNS, shape.rows * weight.groups)
+
+
+def group_tiles(weight: Packed) -> int:
+    """Tiles of a group, if it has more than one."""
+    return max(1, weight.group_size // weight.tile)
+
+
+def splits_for(weight: Packed, *, blocks: int, shape: Shape) -> int:
+    """Into how many parts K is cut, so that there are about `PROGRAMS` programs."""
+    programs = blocks * triton.cdiv(weight.out_features, features_for(weight.layout, shape))
+    wanted = max(1, min(PROGRAMS // max(programs, 1), weight.tiles // MIN_TILES, 16))
+    return triton.cdiv(weight.tiles, triton.cdiv(weight.tiles, wanted))  # no program without a tile
