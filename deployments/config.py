@@ -63,7 +63,7 @@ class AutoscalingOptions(_Section):
     metrics_interval_s: float = Field(default=10.0, gt=0)
     cost: float | None = Field(default=None, gt=0)
     """Of a replica, in any unit: the pool where it is least grows first. None is the number of its accelerators."""
-    target_utilization: float = Field(default=0.8, gt=0, le=1)
+    target_utilization: float = Field(default=0.7, gt=0, le=1)
     """Share of a replica's time that requests may take, if the service level does not bound it lower."""
     start_s: float = Field(default=60.0, gt=0)
     """How long a replica takes to start, a new node included, until that has been seen."""

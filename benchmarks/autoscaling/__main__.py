@@ -4,7 +4,7 @@ Engines, router and traces are those of ``benchmarks.routing``: speeds are deriv
 request counts as good if its first token comes within 2 s and its later ones within 50 ms on average; those turned away
 do not. Accelerator hours are those of replicas starting, up and draining, times the pool's cost.
 
-    python -m benchmarks.autoscaling                   # about half an hour on one core
+    python -m benchmarks.autoscaling                   # about half an hour on two busy cores
     python -m benchmarks.autoscaling --quick           # the first tenth of each load
     python -m benchmarks.autoscaling --only day
 """

@@ -1,8 +1,8 @@
 """A simulated cluster whose pools are scaled while it serves: replicas that take time to start, fail and drain.
 
 What a policy sees is what Serve's controller would show it: the stats of ``deployments.speed`` at every
-``metrics_interval_s``, ongoing requests, and its own last target. What Serve itself adds is added for all policies alike: a
-pool without replicas that has requests gets one.
+``metrics_interval_s``, ongoing requests, and its own last target. What Serve itself adds is added for all policies
+alike: a pool without replicas that has requests gets one.
 """
 
 from __future__ import annotations

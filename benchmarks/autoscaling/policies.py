@@ -23,7 +23,8 @@ class Planned:
 class RequestCount:
     """Serve's default policy: so many ongoing requests on each replica, by the mean of the last 30 s.
 
-    The rules of Ray 2.60's ``_core_replica_queue_length_policy`` and ``_apply_delay_logic``, whose clock is the real one.
+    The rules of Ray 2.60's ``_core_replica_queue_length_policy`` and ``_apply_delay_logic``, whose clock is the real
+    one.
     """
 
     def __init__(self, target_ongoing_requests: float, *, upscale_delay_s: float, downscale_delay_s: float) -> None:

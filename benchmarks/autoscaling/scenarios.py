@@ -34,8 +34,8 @@ class Scenario:
     def requests(self, *, seed: int, share: float = 1.0) -> list[Request]:
         """A trace of the first ``share`` of the time.
 
-        Whole sessions are generated at the greatest rate; of each, the turns are kept at which the rate exceeds the share
-        of it that is drawn for the session.
+        Whole sessions are generated at the greatest rate; of each, the turns are kept at which the rate exceeds the
+        share of it that is drawn for the session.
         """
         rng = random.Random(seed)
         drawn: dict[int, float] = {}
@@ -72,8 +72,8 @@ def _from_zero(now: float) -> float:
 H20 = pool(H20_300B, start_s=120, min_replicas=1, max_replicas=10)
 SCENARIOS = (
     Scenario(
-        "day", "a cosine from 0.5 to 5 requests/s in 2 h; replicas take 5 minutes to start", day(0.5, 5, length_s=2 * HOUR),
-        5, 2 * HOUR, (pool(H20_300B, start_s=300, min_replicas=1, max_replicas=10),),
+        "day", "a cosine from 0.5 to 5 requests/s in 2 h; replicas take 5 minutes to start",
+        day(0.5, 5, length_s=2 * HOUR), 5, 2 * HOUR, (pool(H20_300B, start_s=300, min_replicas=1, max_replicas=10),),
     ),
     Scenario(
         "bursts", "1 request/s, 5 for 6 of 20 minutes", bursts(1, 5, seconds=360, period_s=1200), 5, HOUR, (H20,),

@@ -78,12 +78,12 @@ def metrics(outcomes: Sequence[Outcome], *, warm_up_s: float) -> dict[str, float
 
 
 def compare(by_policy: dict[str, list[dict[str, float]]], who: str) -> dict[str, Any]:
-    """Goodput of ``who`` over that of the best of the others, seed by seed."""
+    """Goodput of ``who`` over that of the best of the others (0.01 of the requests at least), seed by seed."""
     others = [name for name in by_policy if name not in (OURS, ADMITTING_ALL)]
     means = {name: sum(one["good_share"] for one in by_policy[name]) for name in others}
     best = max(others, key=lambda name: means[name])
     ratios = [
-        mine["good_share"] / max(other["good_share"], 1e-4)
+        mine["good_share"] / max(other["good_share"], 0.01)
         for mine, other in zip(by_policy[who], by_policy[best], strict=True)
     ]
     return {"best_other": best, "ratio": report.spread(ratios)}

@@ -1,9 +1,12 @@
 """How many replicas a load needs, and what requests meet with now.
 
-Of a second, the ``n`` replicas of a pool spend ``work / n`` on what requests add to their steps: ``work = prefill tokens *
-prefill + decode tokens * decode + context tokens * context`` (rates a second, speeds as learned). What is left goes into
-the steps themselves, of ``step`` seconds each, so there are ``(1 - work / n) / step`` of them, and the time between two
-tokens of a request is ``step / (1 - work / n)``. A bound on that is a bound on ``work / n``.
+Of a second, the ``n`` replicas of a pool spend ``work / n`` on what requests add to their steps:
+
+    work = prefill tokens * prefill + decode tokens * decode + context tokens * context
+
+(rates a second, speeds as learned). What is left goes into steps of ``step`` seconds each, so there are
+``(1 - work / n) / step`` of them, and the time between two tokens of a request is ``step / (1 - work / n)``. A bound on
+that is a bound on ``work / n``.
 """
 
 from __future__ import annotations
@@ -67,11 +70,11 @@ def overloaded(stats: ReplicaStats, speed: Speed, options: PoolOptions) -> bool:
 
 
 def pool_overloaded(pool: PoolState, memory: PoolMemory) -> bool:
-    """Whether more than half of the replicas that are up and have said something are overloaded."""
+    """Whether more than half of the replicas say so; one that has just come has said nothing, and may be enough."""
     if memory.speed is None:
         return False
     answers = [overloaded(s, s.speed or memory.speed, pool.options) for s in pool.replicas.values() if s is not None]
-    return 2 * sum(answers) > len(answers)
+    return 2 * sum(answers) > len(pool.replicas)
 
 
 def mean_speed(replicas: list[ReplicaStats]) -> Speed | None:
@@ -91,8 +94,8 @@ def mean_speed(replicas: list[ReplicaStats]) -> Speed | None:
 def growth(samples: list[tuple[float, float]], ahead_s: float) -> float:
     """How many times its present value a series reaches in so many seconds, if it goes on as it does.
 
-    From 1 to ``MOST_GROWTH``. A straight line by least squares; one whose slope is less than ``SURE`` standard errors from
-    0 is taken as level, so that noise is no trend.
+    From 1 to ``MOST_GROWTH``. A straight line by least squares; one whose slope is less than ``SURE`` standard errors
+    from 0 is taken as level, so that noise is no trend.
     """
     count = len(samples)
     if count < LEAST_SAMPLES:

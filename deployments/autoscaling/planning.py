@@ -2,9 +2,9 @@
 
 The load of all pools together, with its trend, is given to the pools in the order of their cost, each up to its bound.
 That is computed twice: for what the load needs, and with a margin. A pool grows to the least that was needed over
-``upscale_delay_s`` and shrinks to the most that was needed with a margin over ``downscale_delay_s``, so a load that goes up
-and down makes for the replicas of its peaks, and nothing comes or goes with the noise. For growing, what was asked for
-counts as there, unless it is long overdue; for shrinking, only what is up.
+``upscale_delay_s`` and shrinks to the most that was needed with a margin over ``downscale_delay_s``, so a load that
+goes up and down makes for the replicas of its peaks, and nothing comes or goes with the noise. For growing, what was
+asked for counts as there, unless it is long overdue; for shrinking, only what is up.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from deployments.autoscaling.state import Load, Memory, PoolMemory, PoolState, W
 
 MARGIN = 0.8
 """After a replica has gone, the load takes at most this share of what is allowed."""
-OVERLOAD_GROWTH = 1.5
+OVERLOAD_GROWTH = 2.0
 """What has been served says little about what is asked for when requests wait or are turned away, so then this many
 times what is up is asked for, and again when that is up."""
 OVERDUE = 3.0

@@ -19,7 +19,7 @@ class PoolOptions:
     block_size: int = 16
     slo_ttft_s: float = 2.0
     slo_tpot_s: float = 0.05
-    target_utilization: float = 0.8
+    target_utilization: float = 0.7
     """Of a replica's time, what requests add to it at most: prompts, and what each request makes a step longer."""
     upscale_delay_s: float = 10.0
     """A need for more must have lasted so long."""

@@ -39,6 +39,9 @@ HOPELESS_FACTOR = 1.5
 HOPELESS_S = 0.2
 """A prompt that takes longer than the admission limit even where it could begin at once may take this factor of that,
 and this much more."""
+SLOW_FACTOR = 8.0
+"""Where a token takes longer than the admission limit even for one request alone, as on many a CPU, the limit is this
+factor of that: there is no service level to protect, and turning everybody but one away would help nobody."""
 RETRY_S = (0.1, 60.0)
 """Least and most that a client is told to wait."""
 
@@ -300,8 +303,17 @@ class Router:
         # An idle replica is as good as it gets.
         allowed |= (state[int(Row.REQUESTS)] < 1.0) & usable
         if not allowed.any():
+            alone = self._tpot_alone(usable)
+            if alone > options.max_tpot_s:
+                allowed = (told.ttft <= most_ttft_s) & (told.tpot <= SLOW_FACTOR * alone) & usable
+        if not allowed.any():
             raise self._overloaded(told, usable, most_ttft_s)
         return allowed
+
+    def _tpot_alone(self, usable: Mask) -> float:
+        """The least time between tokens of a request that has a replica to itself."""
+        rates = [place.rates.rates for place in self._places.values() if usable[place.slot]]
+        return min(each.step + each.decode for each in rates)
 
     def _overloaded(self, told: Prediction, usable: Mask, most_ttft_s: float) -> OverloadedError:
         """When the first replica will be able to serve it.

@@ -37,7 +37,6 @@ class Pool:
     broken: bool = False
     """Whether replicas never start."""
     target: int = 0
-    ready: int = 0
     starting: list[float] = field(default_factory=list)
     history: list[tuple[float, int]] = field(default_factory=list)
     made: int = 0
@@ -91,4 +90,13 @@ def run(
 
 
 def options(**given: float | str) -> PoolOptions:
-    return PoolOptions(**{"pool": "one", "min_replicas": 0, "max_replicas": 10, "max_num_seqs": 100, **given})  # type: ignore[arg-type]  # by name
+    return PoolOptions(
+        **{
+            "pool": "one",
+            "min_replicas": 0,
+            "max_replicas": 10,
+            "max_num_seqs": 100,
+            "target_utilization": 0.8,
+            **given,
+        }
+    )  # type: ignore[arg-type]  # by name

@@ -68,7 +68,7 @@ def test_a_queue_grows_the_pool_though_what_is_served_needs_no_more() -> None:
         pool = PoolState(options(), target, {"a": full, "b": full})
         targets, memory = plan([pool], memory, now=float(now))
         target = targets["one"]
-    assert target == 3
+    assert target == 4
 
 
 def test_a_full_cache_grows_the_pool() -> None:

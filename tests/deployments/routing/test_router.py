@@ -226,6 +226,16 @@ def test_an_idle_replica_refuses_nothing():
     assert router.choose(job(90_000), now=0.0).predicted_ttft_s > 2.0
 
 
+def test_slow_hardware_is_shared():
+    router = Router(RoutingOptions(), seed=0)
+    router.add(replica("cpu", seats=64))
+    for steps in range(1, 200):  # a token takes 0.3 s, alone or with three others
+        router.observe("cpu", load(steps, running=1 + steps % 4, per_step=0.3), now=0.3 * steps)
+    choices = [router.choose(job(8, max_tokens=8), now=60.0) for _ in range(3)]
+    assert all(choice.predicted_tpot_s > router.options.max_tpot_s for choice in choices)
+    assert router.reserved == 3
+
+
 def test_ingresses_that_know_the_same_choose_differently():
     chosen = set()
     for seed in range(8):
