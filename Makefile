@@ -47,7 +47,7 @@ format: install  ## Format the code
 	$(BIN)/ruff format .
 
 bench: install  ## Measure serving on this machine; results land in benchmarks/results/
-	$(BIN)/python -m benchmarks.serving
+	$(BIN)/python -m benchmarks.overhead
 
 clean:  ## Remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info

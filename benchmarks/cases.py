@@ -17,8 +17,8 @@ from kernels import ops
 from kernels.cache import LayerCache, token_bytes
 from kernels.prepared import dense
 
-FORMATS = ("wint2", "wint2 by column", "wint4", "wint8", "bitplane2", "bitplane4", "bf16")
-"""Of weights; "by column" has a codebook for each column, as Baidu's files may."""
+FORMATS = ("wint2", "wint2 by column", "wint4", "wint8", "bitplane2", "bitplane4", "grouped4", "bf16")
+"""Of weights; "by column" has a codebook for each column, as Baidu's files may; "grouped4" is GPTQ's, groups of 128."""
 BLOCK_SIZE = 16
 INT4_GROUP = 64
 MAX_CACHE_BYTES = 24 * 10**9

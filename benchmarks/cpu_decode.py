@@ -10,7 +10,8 @@ through copies of its weights larger together than the last level of cache, as a
 "attention" times decode attention of 32 sequences at 1K context against gathering the pages and torch's attention.
 "model" decodes and prefills an ERNIE-4.5 MoE of random bytes (`benchmarks.random_ernie`) through the executor. With
 --llama-bench and --gguf, llama.cpp's program and a model of the same shape (`benchmarks.gguf_file`; docs/llama.cpp.md),
-it takes turns with that, and ratios are taken within a turn.
+it takes turns with that, and ratios are taken within a turn. "wall" is by the clock, "processor" by the time that the
+process had a core, which other programs on the machine disturb less; of several threads it counts their waiting too.
 
 Read the spread with the median, and the load of the machine, which is written down with it.
 """
@@ -20,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -195,9 +197,9 @@ def measure_model(folder: Path, config: ModelConfig, threads: list[int], options
                 turn = our_turn(executor, config.vocab_size)
                 if options.llama_bench:
                     peer = llama(options, count)
-                    for kind in ("prefill", "decode"):
+                    for kind in tuple(turn):
                         turn[f"llama.cpp {kind}"] = peer[kind]
-                        turn[f"{kind} / llama.cpp {kind}"] = turn[kind] / peer[kind]
+                        turn[f"{kind}, times llama.cpp"] = turn[kind] / peer[kind]
                 turn["load"] = os.getloadavg()[0]
                 if r:
                     turns[count].append(turn)
@@ -223,12 +225,17 @@ def measure_model(folder: Path, config: ModelConfig, threads: list[int], options
 
 def our_turn(executor: Executor, vocab_size: int) -> dict[str, float]:
     """Tokens a second."""
-    began = time.perf_counter()
+    moments = [(time.perf_counter(), time.process_time())]
     executor.execute(one_step(0, PROMPT, vocab_size, executor.block_size))
-    prefilled = time.perf_counter()
+    moments.append((time.perf_counter(), time.process_time()))
     for i in range(ANSWER):
         executor.execute(one_step(PROMPT + i, 1, vocab_size, executor.block_size))
-    return {"prefill": PROMPT / (prefilled - began), "decode": ANSWER / (time.perf_counter() - prefilled)}
+    moments.append((time.perf_counter(), time.process_time()))
+    return {
+        f"{kind}, {clock}": tokens / (moments[i + 1][c] - moments[i][c])
+        for i, (kind, tokens) in enumerate((("prefill", PROMPT), ("decode", ANSWER)))
+        for c, clock in enumerate(("wall", "processor"))
+    }
 
 
 def folder_bytes(folder: Path) -> int:
@@ -237,20 +244,25 @@ def folder_bytes(folder: Path) -> int:
 
 
 def llama(options: argparse.Namespace, threads: int) -> dict[str, Any]:
-    """What llama-bench says of the peer's model, once, after a warm-up of its own."""
-    tests = {"prefill": ["-p", str(PROMPT), "-n", "0"], "decode": ["-p", "0", "-n", str(ANSWER), "-d", str(PROMPT)]}
+    """What llama-bench says of the peer's model, and the processor time that three repetitions take more than one."""
     result: dict[str, Any] = {}
-    for kind, arguments in tests.items():
-        command = [options.llama_bench, "-m", options.gguf, "-t", str(threads), "-r", "1", "-o", "json", *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        (test,) = json.loads(done.stdout)
-        result[kind] = test["avg_ts"]
+    for kind, prompt, answer in (("prefill", PROMPT, 0), ("decode", 0, ANSWER)):
+        seconds = {}
+        for repetitions in (1, 3):
+            command = [options.llama_bench, "-m", options.gguf, "-t", str(threads), "-r", str(repetitions)]
+            command += ["-p", str(prompt), "-n", str(answer), "-o", "json"]
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            seconds[repetitions] = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+            (test,) = json.loads(done.stdout)
+        result[f"{kind}, wall"] = test["avg_ts"]
+        result[f"{kind}, processor"] = 2 * (prompt + answer) / max(1e-9, seconds[3] - seconds[1])
         result["model"] = {
             "type": test["model_type"],
             "bytes": test["model_size"],
             "parameters": test["model_n_params"],
             "bits_per_weight": round(8 * test["model_size"] / test["model_n_params"], 3),
-            "build": f"{test['build_number']} ({test['build_commit']})",
         }
     return result
 

@@ -4,9 +4,9 @@ Each round gives the same requests to ``serve run`` over HTTP and to an engine i
 other and in turns first, so that both see the same machine; ratios are taken within a round. Every client sends its
 next request when the last one is complete. The result is a file in ``benchmarks/results``.
 
-    python -m benchmarks.serving
-    python -m benchmarks.serving --concurrency 1 8 32 --rounds 5 --haproxy
-    python -m benchmarks.serving --url http://127.0.0.1:8000 --served-model-name bf16
+    python -m benchmarks.overhead
+    python -m benchmarks.overhead --concurrency 1 8 32 --rounds 5 --haproxy
+    python -m benchmarks.overhead --url http://127.0.0.1:8000 --served-model-name bf16
 """
 
 from __future__ import annotations
@@ -275,10 +275,8 @@ def main() -> None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dibit-benchmark-")))
             # As `make serve` sets it: Ray's own niceness of 15 would measure what else the machine is doing.
             environment = {"RAY_worker_niceness": "0"}
-            if options.haproxy:
-                environment["RAY_SERVE_ENABLE_HA_PROXY"] = "1"
             result["environment"] = environment
-            url = stack.enter_context(ServeProcess(args, folder, environment=environment)).url
+            url = stack.enter_context(ServeProcess(args, folder, environment=environment, haproxy=options.haproxy)).url
         elif model is None:
             model = Path(options.model).name
         result["proxy"] = "given" if options.url else "haproxy" if options.haproxy else "python"

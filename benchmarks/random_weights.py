@@ -9,10 +9,12 @@ from engine.config import ModelConfig
 from engine.quantization.bf16 import Bf16
 from engine.quantization.config import Part, QuantizationConfig
 from engine.quantization.format import WeightFormat
-from kernels.operands import BitplaneWeight, CcqWeight, DenseWeight, Int4Weight, Int8Weight, Weight
+from kernels.operands import BitplaneWeight, CcqWeight, DenseWeight, GroupedWeight, Int4Weight, Int8Weight, Weight
 
 GROUP = 64
 """Inputs that share coefficients of bit planes."""
+GROUPED = 128
+"""Inputs that share a scale of grouped integers."""
 CCQ_DEVIATION = 18.5 * 9.0
 """Of a decoded value (even on -32 ... 31) times its group scale (even on 3 ... 15), about."""
 
@@ -30,7 +32,7 @@ def random_weight(
     """A random operand [K, N], or a stack of them, whose weights have a deviation of about 1 / sqrt(K).
 
     Args:
-        name: of the format: "bf16", "wint8", "wint4", "wint2", or "bitplane" and a number of planes.
+        name: of the format: "bf16", "wint8", "wint4", "wint2", "grouped4", or "bitplane" and a number of planes.
         k: input features.
         n: output features.
         experts: of a stack; None for one matrix.
@@ -54,6 +56,10 @@ def random_weight(
         return Int8Weight(integers(n, k).view(torch.int8), constant(deviation / 74, n))
     if name == "wint4":
         return Int4Weight(integers(n, k // 2), constant(deviation / 4.6, n))
+    if name == "grouped4":
+        words = torch.randint(-(2**31), 2**31, (*lead, k // 8, n), dtype=torch.int64, device=device).to(torch.int32)
+        zeros = torch.full((*lead, k // GROUPED, n), 8, dtype=torch.uint8, device=device)
+        return GroupedWeight(words, zeros, constant(deviation / 4.6, k // GROUPED, n, kind=torch.float16), bits=4)
     if name.startswith("bitplane"):
         planes = int(name.removeprefix("bitplane"))
         words = torch.randint(-(2**31), 2**31, (*lead, k // 32, planes, n), dtype=torch.int64, device=device)
@@ -65,12 +71,12 @@ def random_weight(
         return BitplaneWeight(words.to(torch.int32), coefficients.expand(shape).contiguous())
     if name != "wint2":
         raise ValueError(f"no random weights in format {name!r}")
-    code_zp = constant(17.0, n, kind=torch.float32)
+    code_scale, code_zp = (constant(value, n, kind=torch.float32) for value in (128.0, 17.0))
     return CcqWeight(
         codes=integers(k // 4, n),
         group_scales=integers(-(-k // 128), n) | 0x33,
         super_scales=constant(deviation / CCQ_DEVIATION, n, kind=torch.bfloat16),
-        code_scale=constant(128.0, n, kind=torch.float32),
+        code_scale=code_scale if one_codebook else code_scale - torch.rand_like(code_scale) * 28,
         code_zp=code_zp if one_codebook else code_zp + torch.rand_like(code_zp) * 100,
         row_order="plain",
     )

@@ -21,10 +21,13 @@ from engine.messages import EngineLoad, EngineRequest
 UNREAD_ITEMS = 8
 """Items the engine sends ahead of the reader; beyond that it merges steps."""
 
-LEASE_AFTER_S = 1.0
-"""Age at which a request gets its lease. Opening and ending one is work for three processes, more than all else that a
-request costs: not while a burst's first tokens are due, and not for a request that is over soon. What drains before
-then goes on elsewhere, as after a failure."""
+LEASE_AFTER_S = 0.1
+"""Time after which a connection that has requests gets a lease, so that Serve lets the replica drain. One for all:
+opening and ending a lease is work for three processes, more than all else that a request costs."""
+
+REQUEST_LEASE_AFTER_S = 1.0
+"""Age at which a request gets a lease of its own besides, for Serve's count of requests. Not while a burst's first
+tokens are due, and not for a request that is over soon."""
 
 SILENCE_S = 3.0
 """Silence after which the engine's process is asked whether it is there. An idle engine says something every second;
@@ -43,8 +46,8 @@ class EngineConnection:
     """The stream from an engine, and the requests under way on it.
 
     Requests travel in one actor call at a time: those that come while one is under way go with the next, as Nagle's
-    algorithm (RFC 896) has it, so a burst makes few calls and a single request doesn't wait. The lease, by which Serve
-    sees a request, is opened when the request has lasted a while, and cancelled when it ends.
+    algorithm (RFC 896) has it, so a burst makes few calls and a single request doesn't wait. The leases, by which
+    Serve sees requests, are opened when these have lasted a while, and cancelled when they end.
     """
 
     def __init__(
@@ -83,7 +86,8 @@ class EngineConnection:
         self._failure: EngineDeadError | None = None
         self._failed = asyncio.Event()
         self._requests = Demultiplexer(self._note)
-        self._leases: dict[str, Lease | asyncio.TimerHandle] = {}
+        self._lease: Lease | asyncio.TimerHandle | None = None
+        self._leases: dict[str, Lease | asyncio.TimerHandle] = {}  # by request id
         self._to_submit: list[EngineRequest] = []
         self._to_abort: list[str] = []
         self._flushing = False
@@ -145,6 +149,9 @@ class EngineConnection:
         self._requests.close(request_id)
         if (lease := self._leases.pop(request_id, None)) is not None:
             lease.cancel()
+        if self._lease is not None and len(self._requests) == 0:
+            self._lease.cancel()
+            self._lease = None
         if abort and self._failure is None:
             self._to_abort.append(request_id)
             self._schedule_flush()
@@ -219,13 +226,19 @@ class EngineConnection:
         if aborted:
             self._call(self._shard.abort.remote(aborted))
         loop = asyncio.get_running_loop()
+        if self._lease is None and len(self._requests):
+            self._lease = loop.call_later(LEASE_AFTER_S, self._open_lease)
         for request_id in {request.request_id for request in submitted}.difference(aborted):
-            self._leases[request_id] = loop.call_later(LEASE_AFTER_S, self._open_lease, request_id)
+            self._leases[request_id] = loop.call_later(REQUEST_LEASE_AFTER_S, self._open_request_lease, request_id)
 
-    def _open_lease(self, request_id: str) -> None:
-        self._leases[request_id] = self._lease_handle.remote(
-            request_id, ingress_id=self._ingress_id, replica_id=self.address.replica_id
-        )
+    def _open_lease(self) -> None:
+        self._lease = self._request_lease(self._ingress_id)
+
+    def _open_request_lease(self, request_id: str) -> None:
+        self._leases[request_id] = self._request_lease(request_id)
+
+    def _request_lease(self, name: str) -> Lease:
+        return self._lease_handle.remote(name, ingress_id=self._ingress_id, replica_id=self.address.replica_id)
 
     def _call(self, reply: Any) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(self._expect(reply))

@@ -17,6 +17,7 @@ from kernels.operands import (
     BitplaneWeight,
     CcqWeight,
     DenseWeight,
+    GroupedWeight,
     Int4Weight,
     Int8Weight,
     SplitWeight,
@@ -31,7 +32,7 @@ OPERATIONS = tuple(name for name in vars(Kernels) if not name.startswith("_"))
 
 PACKED: dict[str, frozenset[type]] = {
     "cpu": frozenset((CcqWeight, Int4Weight, Int8Weight)),
-    "gpu": frozenset((CcqWeight, Int4Weight, Int8Weight, BitplaneWeight)),
+    "gpu": frozenset((CcqWeight, Int4Weight, Int8Weight, BitplaneWeight, GroupedWeight)),
     "reference": frozenset(),
 }
 """Operands that the backends multiply as they are; those of shapes they can't divide into tiles are decoded too."""

@@ -2,6 +2,9 @@
 
 T tokens of a flat batch; H hidden size; K, N input and output features; D head dimension. Activations are in the
 compute dtype (fp32, bf16 or fp16) unless said otherwise. A device without kernels of its own runs `kernels.reference`.
+
+Every function raises TypeError for an argument of another dtype than it says, and ValueError for one on another device
+than the first, or with another number of features than fits; the message names the argument.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from torch import Tensor
 from kernels import choice
 from kernels.backend import Kernels
 from kernels.cache import LayerCache
+from kernels.checks import FLOATS, INTS, check, check_array, check_features
 from kernels.metadata import AttentionMetadata
 from kernels.operands import Weight
 from kernels.prepared import Prepared
@@ -67,6 +71,11 @@ def linear(x: Tensor, weight: Prepared, bias: Tensor | None = None) -> Tensor:
     With tensor parallelism and a weight cut by output features, `bias` is this rank's features. The result of a weight
     cut by input features is a partial sum, to which at most one rank may add a bias.
     """
+    check("x", x, FLOATS, x.device)
+    check_features("x", x.shape[-1], weight.in_features, "weight")
+    if bias is not None:
+        check("bias", bias, (x.dtype,), x.device)
+        check_features("bias", bias.shape[-1], weight.out_features, "weight")
     return _kernels(x.device).linear(x, weight, bias)
 
 
@@ -100,6 +109,9 @@ def embedding(ids: Tensor, table: Tensor | Prepared, first_row: int) -> Tensor:
     Returns:
         [T, H]; zeros for ids of other ranks' rows, so that a sum over ranks is the embedding.
     """
+    check("ids", ids, INTS, ids.device)
+    if isinstance(table, Tensor):
+        check("table", table, FLOATS, ids.device)
     return _kernels(ids.device).embedding(ids, table, first_row)
 
 
@@ -119,6 +131,11 @@ def route(x: Tensor, gate: Tensor, bias: Tensor | None, *, top_k: int, norm_min:
     Returns:
         weights fp32 [T, top_k] and ids int64 [T, top_k], best first.
     """
+    check("x", x, FLOATS, x.device)
+    check("gate", gate, (torch.float32,), x.device)
+    check_features("x", x.shape[-1], gate.shape[-1], "gate")
+    if bias is not None:
+        check("bias", bias, (torch.float32,), x.device)
     return _kernels(x.device).route(x, gate, bias, top_k=top_k, norm_min=norm_min)
 
 
@@ -135,21 +152,34 @@ def fused_moe(x: Tensor, gate_up: Prepared, down: Prepared, weights: Tensor, ids
     Returns:
         [T, H]; with tensor parallelism a partial sum.
     """
+    check("x", x, FLOATS, x.device)
+    check("weights", weights, (torch.float32,), x.device)
+    check("ids", ids, (torch.int64,), x.device)
+    check_features("x", x.shape[-1], gate_up.in_features, "gate_up")
+    check_features("gate_up", gate_up.out_features, 2 * down.in_features, "down")
     return _kernels(x.device).fused_moe(x, gate_up, down, weights, ids)
 
 
 def silu_and_mul(x: Tensor) -> Tensor:
     """``silu(x[:, :I]) * x[:, I:]``: [T, 2I] -> [T, I]."""
+    check("x", x, FLOATS, x.device)
     return _kernels(x.device).silu_and_mul(x)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm over the last dimension, variance in fp32, rounded before `weight` [H] is applied: [T, H] -> [T, H]."""
+    check("x", x, FLOATS, x.device)
+    check("weight", weight, (x.dtype,), x.device)
+    check_features("x", x.shape[-1], weight.shape[-1], "weight")
     return _kernels(x.device).rms_norm(x, weight, eps)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """``(rms_norm(x + residual), x + residual)``: [T, H] each."""
+    check("x", x, FLOATS, x.device)
+    check("residual", residual, (x.dtype,), x.device)
+    check("weight", weight, (x.dtype,), x.device)
+    check_features("x", x.shape[-1], weight.shape[-1], "weight")
     return _kernels(x.device).add_rms_norm(x, residual, weight, eps)
 
 
@@ -163,6 +193,8 @@ def rotary_table(positions: Tensor, inv_freq: Tensor) -> Tensor:
     Returns:
         cos and sin of ``position * inv_freq`` in fp32, in the form that `rotary` on this device takes.
     """
+    check("positions", positions, INTS, positions.device)
+    check("inv_freq", inv_freq, (torch.float32,), positions.device)
     return _kernels(positions.device).rotary_table(positions, inv_freq)
 
 
@@ -180,6 +212,7 @@ def rotary(x: Tensor, table: Tensor, *, interleaved: bool) -> Tensor:
     Returns:
         [T, heads, D] in the dtype of `x`.
     """
+    check("x", x, FLOATS, x.device)
     return _kernels(x.device).rotary(x, table, interleaved=interleaved)
 
 
@@ -192,6 +225,10 @@ def store_kv(k: Tensor, v: Tensor, cache: LayerCache, slot_mapping: Tensor) -> N
         cache: of this layer.
         slot_mapping: int64 [T], ``block * block_size + offset``, no slot twice.
     """
+    check("k", k, FLOATS, k.device)
+    check("v", v, (k.dtype,), k.device)
+    _check_cache(cache, k.dtype, k.device)
+    check("slot_mapping", slot_mapping, (torch.int64,), k.device)
     _kernels(k.device).store_kv(k, v, cache, slot_mapping)
 
 
@@ -211,6 +248,9 @@ def rotary_store_kv(
     Returns:
         The queries, [T, heads, D].
     """
+    check("qkv", qkv, FLOATS, qkv.device)
+    _check_cache(cache, qkv.dtype, qkv.device)
+    check("slot_mapping", slot_mapping, (torch.int64,), qkv.device)
     return _kernels(qkv.device).rotary_store_kv(
         qkv, table, cache, slot_mapping, num_heads=num_heads, interleaved=interleaved
     )
@@ -238,6 +278,9 @@ def attention_metadata(
     Returns:
         What `paged_attention` on this device takes; see `kernels.metadata.AttentionMetadata` for the arrays.
     """
+    check_array("block_tables", block_tables)
+    check_array("query_start", query_start)
+    check_array("context_lens", context_lens)
     return _kernels(device).attention_metadata(
         block_tables, query_start, context_lens, block_size=block_size, dtype=dtype, device=device
     )
@@ -258,6 +301,9 @@ def decode_metadata(
         block_size: positions in a block.
         dtype: compute dtype.
     """
+    check("block_tables", block_tables, (torch.int32,), block_tables.device)
+    check("query_start", query_start, (torch.int32,), block_tables.device)
+    check("context_lens", context_lens, (torch.int32,), block_tables.device)
     return _kernels(block_tables.device).decode_metadata(
         block_tables, query_start, context_lens, block_size=block_size, dtype=dtype
     )
@@ -275,4 +321,12 @@ def paged_attention(q: Tensor, cache: LayerCache, metadata: AttentionMetadata, *
     Returns:
         [T, Hq, D].
     """
+    check("q", q, FLOATS, q.device)
+    _check_cache(cache, q.dtype, q.device)
     return _kernels(q.device).paged_attention(q, cache, metadata, scale=scale)
+
+
+def _check_cache(cache: LayerCache, dtype: torch.dtype, device: torch.device) -> None:
+    """Of the compute dtype or int8."""
+    check("cache.keys", cache.keys, (dtype, torch.int8), device)
+    check("cache.values", cache.values, (cache.keys.dtype,), device)

@@ -154,7 +154,8 @@ async def soak(server: Server, count: int) -> dict[str, Any]:
             rate = done / (time.perf_counter() - started)
             print(f"  {done} requests, {len(errors)} errors, {rate:.0f}/s, {total:.0f} MiB in all", flush=True)
     client.close()
-    gone = sorted(set(pids) - set(server.process.pids()))
+    living = server.process.pids()
+    gone = [command for pid, command in pids.items() if pid not in living]
     memory = growth(samples)
     for name, found in memory.items():
         print(

@@ -42,6 +42,8 @@ and this much more."""
 SLOW_FACTOR = 8.0
 """Where a token takes longer than the admission limit even for one request alone, as on many a CPU, the limit is this
 factor of that: there is no service level to protect, and turning everybody but one away would help nobody."""
+SURE_S = 0.1
+"""Seconds of observed work from which a replica's rates are more than a guess."""
 RETRY_S = (0.1, 60.0)
 """Least and most that a client is told to wait."""
 
@@ -302,6 +304,9 @@ class Router:
         allowed &= cost <= options.max_cost
         # An idle replica is as good as it gets.
         allowed |= (state[int(Row.REQUESTS)] < 1.0) & usable
+        if not allowed.any():
+            for place in self._places.values():  # a guess is no reason to refuse
+                allowed[place.slot] = usable[place.slot] and place.rates.rates.seen < SURE_S
         if not allowed.any():
             alone = self._tpot_alone(usable)
             if alone > options.max_tpot_s:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from engine.config import EngineConfig
 
@@ -58,7 +60,15 @@ class CacheNeed:
         return -(-self.max_model_len // block_size)
 
 
-def shortage(memory: GpuMemory, need: CacheNeed, config: EngineConfig, *, rank: int, num_heads: int) -> str | None:
+def shortage(
+    memory: GpuMemory,
+    need: CacheNeed,
+    config: EngineConfig,
+    *,
+    rank: int,
+    num_heads: int,
+    embedding_savings: Mapping[str, int] = MappingProxyType({}),
+) -> str | None:
     """Why the KV cache can't hold the longest sequence, and which single changes would make room; None if it can.
 
     Args:
@@ -67,6 +77,7 @@ def shortage(memory: GpuMemory, need: CacheNeed, config: EngineConfig, *, rank: 
         config: how the engine runs.
         rank: whose GPU.
         num_heads: query heads of the model; a tensor-parallel size has to divide them.
+        embedding_savings: bytes that each value of ``quantize_embeddings`` would save, the least first.
 
     Returns:
         A message with the bytes by part.
@@ -75,7 +86,11 @@ def shortage(memory: GpuMemory, need: CacheNeed, config: EngineConfig, *, rank: 
     left = memory.left(config.gpu_memory_utilization)
     if needed <= left:
         return None
-    remedies = _remedies(memory, need, config, missing=needed - left, num_heads=num_heads)
+    missing = needed - left
+    remedies = _remedies(memory, need, config, missing=missing, num_heads=num_heads)
+    saving = next((how for how, saved in embedding_savings.items() if saved >= missing), None)
+    if saving is not None:
+        remedies.append(f"quantize_embeddings {saving}")
     advice = "; ".join(remedies) or "nothing short of a GPU with more memory, or a model of fewer bits a weight"
     share = f"{_gb(int(memory.total * config.gpu_memory_utilization))} (gpu_memory_utilization "
     return (

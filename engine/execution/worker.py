@@ -29,6 +29,7 @@ from engine.models import DecoderModel, build_model
 from engine.quantization.config import QuantizationConfig
 from engine.quantization.format import RowOrder
 from engine.quantization.served import as_served
+from engine.quantization.vocabulary import savings
 from kernels import choice
 
 logger = logging.getLogger(__name__)
@@ -246,7 +247,14 @@ class Worker:
         )
         need = CacheNeed(self.max_model_len, block_bytes, self._block_bytes(torch.int8))
         heads = self.model.num_attention_heads
-        self._shortage = shortage(memory, need, self.config, rank=self.group.rank, num_heads=heads)
+        self._shortage = shortage(
+            memory,
+            need,
+            self.config,
+            rank=self.group.rank,
+            num_heads=heads,
+            embedding_savings=savings(self.model, self.group.world_size, self.config.quantize_embeddings),
+        )
         return kv_cache.blocks_on_gpu(
             self.config,
             block_bytes,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from engine.compress.grid import Codes, Grid
+from engine.config import ModelConfig
 from engine.errors import ConfigError
 from engine.quantization.gptq import pack_words
 from kernels.operands import GroupedWeight, Int8Weight
@@ -47,6 +48,17 @@ def table_bytes(rows: int, hidden_size: int, how: QuantizeEmbeddings | None) -> 
     return rows * (hidden_size // 2 + groups * 3)  # a scale in fp16, a zero point in a byte
 
 
+def savings(model: ModelConfig, world_size: int, now: QuantizeEmbeddings | None) -> dict[str, int]:
+    """Bytes of a rank's memory that each rounding would save over bf16, the least first; empty if there is one."""
+    if now is not None:
+        return {}
+    rows, tables = -(-model.vocab_size // world_size), 1 if model.tie_word_embeddings else 2
+    hidden = model.hidden_size
+    whole = table_bytes(rows, hidden, None)
+    possible: tuple[QuantizeEmbeddings, ...] = ("int8",) if hidden % GROUP_SIZES[-1] else ("int8", "int4")
+    return {how: tables * (whole - table_bytes(rows, hidden, how)) for how in possible}
+
+
 def round_table(table: Tensor, how: QuantizeEmbeddings) -> Int8Weight | GroupedWeight:
     """A table [rows, H], in any floating dtype, as a matrix of K = H and N = rows.
 
@@ -56,7 +68,7 @@ def round_table(table: Tensor, how: QuantizeEmbeddings) -> Int8Weight | GroupedW
         ConfigError: the hidden size has no groups.
     """
     hidden = table.shape[1]
-    pieces = table.split(max(1, _AT_ONCE // hidden))
+    pieces = torch.split(table, max(1, _AT_ONCE // hidden))
     if how == "int8":
         rounded = [_int8(piece.float()) for piece in pieces]
         return Int8Weight(*(torch.cat(parts) for parts in zip(*rounded, strict=True)))

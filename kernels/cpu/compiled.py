@@ -39,7 +39,8 @@ _direct_ccq_1, _direct_ccq_2 = (vector.direct("ccq", tokens, own=False) for toke
 _direct_own_1, _direct_own_2 = (vector.direct("ccq", tokens, own=True) for tokens in (1, 2))
 _direct_int4_1, _direct_int4_2 = (vector.direct("int4", tokens, own=False) for tokens in (1, 2))
 _direct_int8_1, _direct_int8_2 = (vector.direct("int8", tokens, own=False) for tokens in (1, 2))
-_unpack_ccq, _unpack_int4, _unpack_int8 = (vector.unpack(kind) for kind in ("ccq", "int4", "int8"))
+_direct_line_1, _direct_line_2 = (vector.direct("line", tokens, own=False) for tokens in (1, 2))
+_unpack_ccq, _unpack_int4, _unpack_int8, _unpack_line = (vector.unpack(kind) for kind in vector.KINDS)
 _tile, _tile_scaled = vector.tile(scaled=False), vector.tile(scaled=True)
 
 _chunk_room = room(4 * CHUNK)
@@ -77,6 +78,11 @@ def _planes(kind: Any, codes: Any, table: Any, target: Any) -> None:
             u = np.int64(source[r])
             for j in range(4):
                 planes[64 * j + r] = entries[256 * j + u]
+    elif kind == 3:
+        for place in range(256):
+            plane, lane, r = place >> 6, (place >> 2) & 15, place & 3
+            u = np.int64(source[16 * (lane >> 2) + 8 * (plane >> 1) + 4 * ((lane >> 1) & 1) + r])
+            planes[place] = entries[256 * (2 * (plane & 1) + (lane & 1)) + u]
     elif kind == 1:
         for half in range(2):
             for r in range(64):
@@ -96,13 +102,13 @@ def _unpack_plain(
     place = _chunk_room()
     planes = bytes_at(place)
     for c in range(chunks):
-        _planes(kind, codes + (64 << kind) * c, table, place)
+        _planes(kind, codes + (64 << kind % 3) * c, table, place)
         wide, lanes = halves_at(out + WIDE_BYTES * c), floats_at(steps + 64 * c)
         for j in range(4):
             for i in range(32):
                 wide[64 * j + i] = np.int16(planes[64 * j + 2 * i]) - np.int16(offset)
                 wide[64 * j + 32 + i] = np.int16(planes[64 * j + 2 * i + 1]) - np.int16(offset)
-        if kind == 0:
+        if kind % 3 == 0:
             for g in range(4):
                 scale = np.float32(_nibble(scales, 4 * c + g))
                 for i in range(4):
@@ -117,6 +123,8 @@ def _unpack_native(
         _unpack_ccq(codes, scales, table, out, steps, chunks)
     elif kind == 1:
         _unpack_int4(codes, scales, table, out, steps, chunks)
+    elif kind == 3:
+        _unpack_line(codes, scales, table, out, steps, chunks)
     else:
         _unpack_int8(codes, scales, table, out, steps, chunks)
 
@@ -145,6 +153,11 @@ def _direct(
             _direct_ccq_1(codes, scales, tables, factors, inputs, outputs, chunks, rows)
         else:
             _direct_ccq_2(codes, scales, tables, factors, inputs, outputs, chunks, rows)
+    elif kind == 3:
+        if tokens == 1:
+            _direct_line_1(codes, scales, tables, factors, inputs, outputs, chunks, rows)
+        else:
+            _direct_line_2(codes, scales, tables, factors, inputs, outputs, chunks, rows)
     elif kind == 1:
         if tokens == 1:
             _direct_int4_1(codes, scales, tables, factors, inputs, outputs, chunks, rows)
@@ -181,7 +194,7 @@ _DIRECT = DIRECT if NATIVE else 0
 
 @njit(error_model="numpy")
 def _add_tile(kind: Any, planes: Any, steps: Any, inputs: Any, chunks: Any, sums: Any) -> None:
-    if kind == 0:
+    if kind % 3 == 0:
         _tile_scaled(planes, steps, inputs, chunks, sums)
     else:
         _tile(planes, steps, inputs, chunks, sums)
@@ -229,7 +242,7 @@ def product(version: str, *, cache: bool) -> Any:
         tasks, kind, n, chunks, offset = p[1], p[2], p[3], p[4], p[15]
         segments, entries = longs_at(p[11]), longs_at(p[12])
         tiles = (n + TILE - 1) // TILE
-        code_bytes, scale_bytes, row_bytes = (64 << kind) * chunks, 2 * chunks, CHUNK_BYTES * chunks
+        code_bytes, scale_bytes, row_bytes = (64 << kind % 3) * chunks, 2 * chunks, CHUNK_BYTES * chunks
         tables, inputs, outputs = _tables_room(), _addresses_room(), _outputs_room()
         planes, steps, results = _planes_room(), _steps_room(), _sums_room()
         sources, targets, sums = longs_at(inputs), longs_at(outputs), floats_at(results)
@@ -266,7 +279,7 @@ def product(version: str, *, cache: bool) -> Any:
                     for i in range(rows):
                         _unpack(
                             kind,
-                            codes + code_bytes * i + (64 << kind) * c,
+                            codes + code_bytes * i + (64 << kind % 3) * c,
                             scales + scale_bytes * i + 2 * c,
                             table + table_bytes * i,
                             planes + SPAN * WIDE_BYTES * i,
@@ -319,12 +332,12 @@ def decode(version: str, *, cache: bool) -> Any:
                 _fill(table, code_scales[column], code_zeros[column])
             out = floats_at(p[14] + 4 * k * row)
             for c in range(chunks):
-                _planes(kind, p[5] + (64 << kind) * (chunks * column + c), table, place)
+                _planes(kind, p[5] + (64 << kind % 3) * (chunks * column + c), table, place)
                 for i in range(CHUNK):
                     feature = CHUNK * c + np.int64(order[i])
                     if feature < k:
                         value = np.int64(planes[i]) - offset
-                        if kind == 0:
+                        if kind % 3 == 0:
                             value *= _nibble(p[6] + 2 * chunks * column, feature >> 6)
                         out[feature] = np.float32(value) * factors[column]
 

@@ -1,15 +1,17 @@
 """Sizes of packed weights and of activations, as the compiled kernels and the code around them agree on."""
 
-CCQ, INT4, INT8 = 0, 1, 2
-"""Kinds of packed weights."""
+CCQ, INT4, INT8, LINE = 0, 1, 2, 3
+"""Kinds of packed weights. LINE is CCQ with a codebook that takes no looking up: a code's word is ``(u a + b) >> 1``
+of integers, as it is with the codebook of Dibit's own encoder."""
 CHUNK = 256
 """Input features in a chunk."""
-CODE_BYTES = (64, 128, 256)
+CODE_BYTES = (64, 128, 256, 64)
 """Bytes of a chunk of each kind."""
-OFFSETS = (32, 8, 128)
+OFFSETS = (32, 8, 128, 32)
 """What is added to the integers of each kind to make them unsigned."""
-TABLE_BYTES = 1024
-"""A codebook: for each of the four windows of a code, its value for all 256 bytes."""
+TABLE_BYTES = 1088
+"""A codebook: for each of the four windows of a code, its value for all 256 bytes; then `LINE`'s a and b."""
+LINE_AT = 1024
 CHUNK_BYTES = 1152
 """A token's chunk of activations."""
 HIGH, LOW, BASE, STEP, WIDE = 0, 256, 512, 576, 640

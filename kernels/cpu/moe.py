@@ -73,11 +73,11 @@ def _packed(x: Tensor, gate_up: Prepared, down: Prepared, weights: Tensor, ids: 
     """Both products over all pairs of a token and an expert it chose, the pairs of an expert together."""
     stack = gate_up.codes if isinstance(gate_up, PackedPrepared) else dense(gate_up).weight
     segments, first, second = _arrange(ids, stack.shape[0])
-    result = torch.empty(len(first), down.out_features)  # [T*k, H], by token
-    out = torch.empty(len(ids), down.out_features)
+    result = torch.empty(first.shape[0], down.out_features)  # [T*k, H], by token
+    out = torch.empty(ids.shape[0], down.out_features)
     combine = _combine(weights, result, out)
     if has_vnni() and isinstance(gate_up, PackedPrepared) and isinstance(down, PackedPrepared):
-        hidden = torch.empty(len(first), gate_up.out_features)  # [T*k, 2I]
+        hidden = torch.empty(first.shape[0], gate_up.out_features)  # [T*k, 2I]
         run(
             *stages(x.float(), gate_up, segments, first, hidden),
             *stages(hidden, down, segments, second, result, gated=True),

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.cpu.layout import CCQ, CHUNK, CODE_BYTES, INT4, INT8, OFFSETS
+from kernels.cpu.layout import CCQ, CHUNK, CODE_BYTES, INT4, INT8, LINE, LINE_AT, OFFSETS, TABLE_BYTES
 from kernels.operands import CcqWeight, Int4Weight, Int8Weight
 
 
@@ -22,12 +22,12 @@ class PackedPrepared:
     """One matrix, or a stack of experts, packed.
 
     Attributes:
-        kind: CCQ, INT4 or INT8.
+        kind: CCQ, LINE, INT4 or INT8.
         in_features: K.
         codes: uint8 [E, N, bytes]; E is 1 for a single matrix.
-        scales: uint8 [E, N, chunks * 2], nibbles; CCQ only, else empty.
+        scales: uint8 [E, N, chunks * 2], nibbles; CCQ and LINE only, else empty.
         factor: fp32 [E, N].
-        table: uint8 [E, 1024], the codebook that all columns of a matrix have; empty if those of some matrix differ.
+        table: uint8 [E, TABLE_BYTES], the codebook that all columns of a matrix have; empty if those of one differ.
         code_scale: fp32 [E, N], likewise empty where `table` is not.
         code_zp: likewise.
         order: int32 [256]: which feature of a chunk stands at a place of its planes.
@@ -113,12 +113,13 @@ def _pack_ccq(weight: CcqWeight) -> PackedPrepared:
     factor, scale, zero = (
         t.float().reshape(experts, n).contiguous() for t in (weight.super_scales, weight.code_scale, weight.code_zp)
     )
-    table = torch.empty(0, dtype=torch.uint8)
+    table, kind = torch.empty(0, dtype=torch.uint8), CCQ
     if bool(((scale == scale[:, :1]) & (zero == zero[:, :1])).all()):
-        table = torch.stack([codebook(scale[e, 0], zero[e, 0]) for e in range(experts)])
+        table, is_line = _shared(scale[:, 0], zero[:, 0])
+        kind = LINE if is_line else CCQ
         scale = zero = torch.empty(0)
     return PackedPrepared(
-        kind=CCQ,
+        kind=kind,
         in_features=words * 4,
         codes=out,
         scales=scales,
@@ -126,7 +127,7 @@ def _pack_ccq(weight: CcqWeight) -> PackedPrepared:
         table=table,
         code_scale=scale,
         code_zp=zero,
-        order=_order(weight.row_order),
+        order=_order(weight.row_order, line=kind == LINE),
     )
 
 
@@ -136,8 +137,33 @@ def codebook(scale: Tensor, zero: Tensor) -> Tensor:
     return torch.cat([(words >> shift) & 63 for shift in (9, 6, 3, 0)]).to(torch.uint8)
 
 
-def _order(row_order: str) -> np.ndarray:
+def _shared(scale: Tensor, zero: Tensor) -> tuple[Tensor, bool]:
+    """Tables of one codebook a matrix, from fp32 [E] each, and whether all of them are `LINE`."""
+    tables = torch.zeros(len(scale), TABLE_BYTES, dtype=torch.uint8)
+    lines = [_line(codebook(s, z), s, z) for s, z in zip(scale, zero, strict=True)]
+    for table, s, z, line in zip(tables, scale, zero, lines, strict=True):
+        table[:LINE_AT] = codebook(s, z)
+        if line is not None:
+            table[LINE_AT : LINE_AT + 4] = torch.tensor([byte for i in line for byte in (i & 255, i >> 8)])
+    return tables, None not in lines
+
+
+def _line(table: Tensor, scale: Tensor, zero: Tensor) -> tuple[int, int] | None:
+    """a and b with which ``(u a + b) >> 1`` are the words of a codebook; in 16 bits, since windows take only 15."""
+    if not bool(torch.isfinite(scale) & torch.isfinite(zero)):
+        return None
+    a, b = round(2 * float(scale)), round(2 * float(zero)) + 1
+    words = (torch.arange(256) * a + b) >> 1
+    windows = torch.cat([(words >> shift) & 63 for shift in (9, 6, 3, 0)])
+    return (a & 0xFFFF, b & 0xFFFF) if torch.equal(windows.to(torch.uint8), table) else None
+
+
+def _order(row_order: str, *, line: bool = False) -> np.ndarray:
     stored = np.arange(CHUNK, dtype=np.int32).reshape(64, 4).T.reshape(-1)  # plane j, byte r: stored row 4r + j
+    if line:
+        plane, lane, r = np.unravel_index(np.arange(CHUNK), (4, 16, 4))
+        code = 16 * (lane // 4) + 8 * (plane // 2) + 4 * (lane // 2 % 2) + r
+        stored = (4 * code + 2 * (plane % 2) + lane % 2).astype(np.int32)
     if row_order == "plain":
         return stored
     a, b, c = (stored % 64) // 16, (stored % 16) // 2, stored % 2

@@ -36,13 +36,13 @@ def multiply(x: Tensor, weight: PackedPrepared, segments: Tensor, entries: Tenso
         fp32 [P, N].
     """
     x = x.float()
-    out = torch.empty(len(entries), weight.out_features)
+    out = torch.empty(entries.shape[0], weight.out_features)
     if not has_vnni() and bool((large := segments[:, 2] >= DENSE_ROWS).any()):
         for matrix, first, count in segments[large].tolist():
             rows = entries[first : first + count]  # [count, 2]
             out.index_copy_(0, rows[:, 1], _dense(x.index_select(0, rows[:, 0]), weight, matrix))
         segments = segments[~large]
-    if len(segments):
+    if segments.shape[0]:
         run(*stages(x, weight, segments, entries, out))
     return out
 
@@ -58,7 +58,7 @@ def stages(
         x = x.contiguous()
     tokens, n, chunks = x.shape[0], weight.out_features, weight.chunks
     inputs = torch.empty(tokens * chunks * CHUNK_BYTES, dtype=torch.uint8)  # torch aligns it to a cache line
-    tasks = len(segments) * -(-n // TILE)
+    tasks = segments.shape[0] * -(-n // TILE)
     offset = OFFSETS[weight.kind]
     quantize = (
         *(tokens, weight.in_features, x.data_ptr(), 4 * x.stride(0), inputs.data_ptr()),
@@ -68,7 +68,7 @@ def stages(
         *(tasks, weight.kind, n, chunks, *weight.addresses),
         *(segments.data_ptr(), entries.data_ptr(), inputs.data_ptr(), out.data_ptr(), offset),
     )
-    read = weight.matrix_bytes * max(len(segments), len(entries) // PASSES)
+    read = weight.matrix_bytes * max(segments.shape[0], entries.shape[0] // PASSES)
     return (
         Stage("quantize", quantize, tasks=tokens, num_bytes=inputs.numel(), keep=x),
         Stage("product", product, tasks=tasks, num_bytes=read, keep=(segments, entries, inputs)),

@@ -14,6 +14,8 @@ activations takes `CHUNK_BYTES`, and has them twice:
     576  fp32 [16], a lane's step
     640  int16 [256], of each plane first the 32 with even places, then those with odd ones
 
+With `LINE`, plane 2h + p holds of every sixteen bytes' eights h, for each four of them, the windows 2p and 2p + 1.
+
 Lane i of 16 holds places 4i ... 4i + 3 of all planes, so lanes 4g ... 4g + 3 are the g-th group of 64 features, and a
 group's scale is one more factor of its lanes. Two ways lead to the same integers in the same lanes, and so to the same
 sums to the bit:
@@ -43,6 +45,7 @@ from kernels.cpu.layout import (
     CHUNK_BYTES,
     CODE_BYTES,
     HIGH,
+    LINE_AT,
     LOW,
     OFFSETS,
     PAIR,
@@ -60,6 +63,9 @@ _BYTES = ir.VectorType(I8, 64)
 _HALVES = ir.VectorType(I16, 32)
 _INTS = ir.VectorType(I32, 16)
 _FLOATS = ir.VectorType(F32, 16)
+
+KINDS = ("ccq", "int4", "int8", "line")
+"""Names of `kernels.cpu.layout`'s kinds."""
 
 
 def _features() -> set[str]:
@@ -141,8 +147,44 @@ def _table(builder: Any, address: Value) -> list[list[Value]]:
     ]  # fmt: skip
 
 
-def _planes(builder: Any, kind: str, codes: Value, table: Sequence[Sequence[Value]]) -> list[Value]:
+def _line(builder: Any, table: Value) -> list[Value]:
+    """a and b of `LINE`, each in all lanes."""
+    numbers = []
+    for i in range(2):
+        number = _load(builder, _at(builder, table, LINE_AT + 2 * i), I16)
+        lanes = builder.insert_element(ir.Constant(_HALVES, ir.Undefined), number, I32(0))
+        numbers.append(builder.shuffle_vector(lanes, lanes, _splat(ir.VectorType(I32, 32), 0)))
+    return numbers
+
+
+def _line_planes(builder: Any, codes: Value, line: Sequence[Value]) -> list[Value]:
+    """Words of 32 codes at a time, of each eight neighbours' first or second four, and of those two windows."""
+    block, zeros = _load(builder, codes, _BYTES), _splat(_BYTES, 0)
+    planes = []
+    for half in range(2):
+        # Every other of these bytes is one of `zeros`: unpacking within 128 bits is one instruction.
+        places = [16 * (i // 16) + 8 * half + i % 16 // 2 + 64 * (i % 2) for i in range(64)]
+        wide = builder.shuffle_vector(block, zeros, _constant(ir.VectorType(I32, 64), places))
+        products = builder.add(builder.mul(builder.bitcast(wide, _HALVES), line[0]), line[1])
+        words = builder.bitcast(builder.lshr(products, _splat(_HALVES, 1)), _BYTES)
+        for pair in range(2):
+            starts = [16 * (i % 4) + 9 - 3 * (2 * pair + i % 8 // 4) for i in range(64)]
+            control = _constant(_BYTES, starts)
+            shifted = _call(builder, "llvm.x86.avx512.pmultishift.qb.512", _BYTES, (control, words))
+            planes.append(builder.and_(shifted, _splat(_BYTES, 63)))
+    return planes
+
+
+def _codebook(builder: Any, kind: str, table: Value) -> list[Any]:
+    if kind == "line":
+        return _line(builder, table)
+    return _table(builder, table) if kind == "ccq" else []
+
+
+def _planes(builder: Any, kind: str, codes: Value, table: Sequence[Any]) -> list[Value]:
     """The four planes of the chunk at `codes`, unsigned."""
+    if kind == "line":
+        return _line_planes(builder, codes, table)
     if kind == "ccq":
         block = _load(builder, codes, _BYTES)
         upper = builder.icmp_signed("<", block, _splat(_BYTES, 0))
@@ -178,8 +220,8 @@ def direct(kind: str, tokens: int, *, own: bool) -> Callable[..., Any]:
     [rows]. `codes`, `scales` (of "ccq") and `factors` are addresses of the first feature; `tables` that of one codebook
     or, with `own`, of one for each feature; `inputs` that of `tokens` addresses of activations.
     """
-    code_bytes = CODE_BYTES[("ccq", "int4", "int8").index(kind)]
-    has_scales = kind == "ccq"
+    code_bytes = CODE_BYTES[KINDS.index(kind)]
+    has_scales = kind in ("ccq", "line")
 
     @intrinsic
     def rows(
@@ -195,14 +237,14 @@ def direct(kind: str, tokens: int, *, own: bool) -> Callable[..., Any]:
     ) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             codes, scales, tables, factors, inputs, outputs, chunks, rows = arguments
-            shared = _table(builder, tables) if kind == "ccq" and not own else []
+            shared = [] if own else _codebook(builder, kind, tables)
             sources, targets = (
                 [_load(builder, _at(builder, places, 8 * t), I64) for t in range(tokens)]
                 for places in (inputs, outputs)
             )
             totals = [stack(builder, _FLOATS) for _ in range(tokens)]
             with cgutils.for_range(builder, rows, intp=I64) as row:
-                table = _table(builder, _at(builder, tables, (row.index, TABLE_BYTES))) if own else shared
+                table = _codebook(builder, kind, _at(builder, tables, (row.index, TABLE_BYTES))) if own else shared
                 for total in totals:
                     builder.store(ir.Constant(_FLOATS, [0.0] * 16), total)
                 before = builder.mul(row.index, chunks)
@@ -243,13 +285,13 @@ def unpack(kind: str) -> Callable[..., Any]:
     `out` is the address of int16 [chunks, 256], weights without their offset in the order of 16-bit activations;
     `steps`, of "ccq", that of fp32 [chunks, 16], the scales of the lanes.
     """
-    index = ("ccq", "int4", "int8").index(kind)
+    index = KINDS.index(kind)
 
     @intrinsic
     def widen(typingctx: Any, codes: Any, scales: Any, table: Any, out: Any, steps: Any, chunks: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             codes, scales, table, out, steps, chunks = arguments
-            columns = _table(builder, table) if kind == "ccq" else []
+            columns = _codebook(builder, kind, table)
             offset = _splat(_HALVES, OFFSETS[index])
             with cgutils.for_range(builder, chunks, intp=I64) as loop:
                 planes = _planes(builder, kind, _at(builder, codes, (loop.index, CODE_BYTES[index])), columns)
@@ -260,7 +302,7 @@ def unpack(kind: str) -> Callable[..., Any]:
                     odd = builder.sub(builder.lshr(pairs, _splat(_HALVES, 8)), offset)
                     _store(builder, even, _at(builder, target, 128 * j), align=64)
                     _store(builder, odd, _at(builder, target, 128 * j + 64), align=64)
-                if kind == "ccq":
+                if kind in ("ccq", "line"):
                     lanes = _group_scales(builder, _at(builder, scales, (loop.index, 2)))
                     _store(builder, lanes, _at(builder, steps, (loop.index, 64)), align=64)
             return context.get_dummy_value()

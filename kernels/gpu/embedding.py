@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.gpu.linear import prepare
-from kernels.gpu.pack import GpuPrepared, Packed
+from kernels.gpu.packed import GpuPrepared, Packed
 from kernels.gpu.variant import Variant
 from kernels.operands import Weight
 from kernels.prepared import DensePrepared, Prepared
@@ -89,7 +89,7 @@ def look_up_packed(
     ids, codes, scales, zeros, out, first_row, rows, width, stride,
     WIDTH: tl.constexpr, ELEMENTS: tl.constexpr, GROUP_SIZE: tl.constexpr, GROUPED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Grid (T, H / BLOCK): column `row` of `kernels.gpu.pack`'s tiles, which is a row of the table.
+    """Grid (T, H / BLOCK): column `row` of `kernels.gpu.packed`'s tiles, which is a row of the table.
 
     A thread reads its feature's element, its neighbours the same: the bytes of a tile's column stand together.
     """

@@ -8,7 +8,7 @@ from torch import Tensor
 from kernels.gpu import launch
 from kernels.gpu.arrange import activate_kernel, combine_kernel
 from kernels.gpu.linear import pieces
-from kernels.gpu.pack import GpuPrepared
+from kernels.gpu.packed import GpuPrepared
 from kernels.gpu.routing import sort_pairs
 from kernels.gpu.shapes import shape_for
 from kernels.prepared import Prepared

@@ -12,13 +12,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.gpu import decode
-from kernels.gpu.pack import Layout
+from kernels.gpu import assembly, groups
+from kernels.gpu.packed import Layout
 from kernels.gpu.shapes import COLUMNS, FEW, SHAPES, Shape, features_for
 from kernels.gpu.variant import Variant
 
-_POSITION = tl.constexpr(decode.POSITION)
-_CCQ_LOW = tl.constexpr(decode.CCQ_LOW)
+_POSITION = tl.constexpr(assembly.POSITION)
+_CCQ_LOW = tl.constexpr(assembly.CCQ_LOW)
 
 
 # Sizes that change from step to step must not make new kernels.
@@ -144,20 +144,20 @@ def grouped_kernel(
         scales_at = group_ptr + at * N + start + tl.arange(0, BN)
         multiplier = tl.load(multiplier_ptr + (expert * N + column) * column_stride)
         addend = tl.load(addend_ptr + (expert * N + column) * column_stride)
-        if WORDS == decode.CCQ_MIXED:
+        if WORDS == assembly.CCQ_MIXED:
             blocks = (N + 127) // 128
             if tl.load(exact_ptr + expert * blocks + start // 128) != 0:
-                acc = _ccq(
+                acc = groups.ccq(
                     codes_at, scales_at, x_at, sums_at, here, multiplier, addend, group, first, last, N,
-                    decode.CCQ_EXACT, GROUPS, Q, BN, BT, dtype, ASM, STAGES,
+                    assembly.CCQ_EXACT, GROUPS, Q, BN, BT, dtype, ASM, STAGES,
                 )  # fmt: skip
             else:
-                acc = _ccq(
+                acc = groups.ccq(
                     codes_at, scales_at, x_at, sums_at, here, multiplier, addend, group, first, last, N,
-                    decode.CCQ_WIDE, GROUPS, Q, BN, BT, dtype, ASM, STAGES,
+                    assembly.CCQ_WIDE, GROUPS, Q, BN, BT, dtype, ASM, STAGES,
                 )  # fmt: skip
         else:
-            acc = _ccq(
+            acc = groups.ccq(
                 codes_at, scales_at, x_at, sums_at, here, multiplier, addend, group, first, last, N,
                 WORDS, GROUPS, Q, BN, BT, dtype, ASM, STAGES,
             )  # fmt: skip
@@ -165,7 +165,7 @@ def grouped_kernel(
     elif LAYOUT == "planes":
         codes_at = codes_ptr + (at * PLANES * N + start) * Q + run
         scales_at = group_ptr + expert * group_rows * (PLANES + 1) * N + column[:, None]
-        acc = _planes(
+        acc = groups.planes(
             codes_at, scales_at, x_at, sums_at, here, group, first, last, N,
             PLANES, GROUP_TILES, GROUPS, Q, BN, BT, dtype, ASM, STAGES,
         )  # fmt: skip
@@ -174,7 +174,7 @@ def grouped_kernel(
         codes_at = codes_ptr + (at * N + start) * Q + run
         scales_at = group_ptr + expert * group_rows * N + column[:, None]
         zeros_at = zeros_ptr + expert * group_rows * N + column[:, None]
-        acc = _grouped(
+        acc = groups.grouped(
             codes_at, scales_at, zeros_at, x_at, sums_at, here, group, first, last, N,
             WIDTH, GROUP_TILES, GROUPS, Q, BN, BT, dtype, ASM, STAGES,
         )  # fmt: skip
@@ -187,89 +187,6 @@ def grouped_kernel(
         total += tl.load(bias_ptr + column).to(tl.float32)[:, None]
     out = out_ptr + ((first_split + split).to(tl.int64) * T + slot_s[None, :]) * N + n[:, None]
     tl.store(out, total.to(out_ptr.dtype.element_ty), mask=present_s[None, :] & inside[:, None])
-
-
-@triton.jit
-def _ccq(
-    codes_at, scales_at, x_at, sums_at, here, multiplier, addend, group, first, last, N,
-    WORDS: tl.constexpr, GROUPS: tl.constexpr, Q: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr,
-    dtype: tl.constexpr, ASM: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """[BN, BT] in units of ``2^(CCQ_LOW - POSITION)``.
-
-    A window u stands for ``u - 32``: 32 times the group's sum is what the accumulator starts from. A group's scale is
-    masked out of its 16 bits where it stands, g times 4 bits too high, as the low bits of an fp32 of 2^23.
-    """
-    multiplier = tl.broadcast_to(multiplier[:, None], (BN, Q))
-    addend = tl.broadcast_to(addend[:, None], (BN, Q))
-    nibble = (15 << (group * 4))[None, :]
-    zero: tl.constexpr = -32.0 * 2.0 ** (_CCQ_LOW - _POSITION)
-    total = tl.zeros((BN, BT), dtype=tl.float32)
-    for _ in tl.range(first, last, num_stages=STAGES):
-        windows = decode.ccq(tl.load(codes_at), multiplier, addend, WORDS, dtype, ASM)
-        acc = tl.broadcast_to((tl.load(sums_at) * zero)[None, :], (BN, BT))
-        for field in tl.static_range(8):
-            x = tl.load(x_at + field * Q, mask=here, other=0.0)
-            acc = tl.dot(windows[field], x, acc, input_precision="ieee")
-        bits = tl.load(scales_at).to(tl.int32)[:, None] & nibble
-        total += acc * ((bits | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0)
-        codes_at += N * Q
-        scales_at += N
-        x_at += 8 * Q
-        sums_at += GROUPS
-    return total * ((127 - 4 * group) << 23).to(tl.float32, bitcast=True)[None, :]
-
-
-@triton.jit
-def _planes(
-    codes_at, scales_at, x_at, sums_at, here, group, first, last, N,
-    PLANES: tl.constexpr, GROUP_TILES: tl.constexpr, GROUPS: tl.constexpr, Q: tl.constexpr, BN: tl.constexpr,
-    BT: tl.constexpr, dtype: tl.constexpr, ASM: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """[BN, BT] in units of ``2^-POSITION``: for each group, c0 times the sum of its activations and ci times plane i's.
-
-    Each plane has an accumulator of its own: sixteen fields of an element are a mask each.
-    """
-    unit: tl.constexpr = 2.0**-_POSITION
-    total = tl.zeros((BN, BT), dtype=tl.float32)
-    for tile in tl.range(first, last, num_stages=STAGES):
-        factors = scales_at + (tile // GROUP_TILES * GROUPS + group)[None, :] * ((PLANES + 1) * N)
-        total += tl.load(factors + PLANES * N).to(tl.float32) * (tl.load(sums_at) * unit)[None, :]
-        for plane in tl.static_range(PLANES):
-            bits = decode.fields(tl.load(codes_at + plane * N * Q), 1, dtype, ASM)
-            acc = tl.zeros((BN, BT), dtype=tl.float32)
-            for field in tl.static_range(16):
-                x = tl.load(x_at + field * Q, mask=here, other=0.0)
-                acc = tl.dot(bits[field], x, acc, input_precision="ieee")
-            total += tl.load(factors + plane * N).to(tl.float32) * acc
-        codes_at += PLANES * N * Q
-        x_at += 16 * Q
-        sums_at += GROUPS
-    return total
-
-
-@triton.jit
-def _grouped(
-    codes_at, scales_at, zeros_at, x_at, sums_at, here, group, first, last, N,
-    WIDTH: tl.constexpr, GROUP_TILES: tl.constexpr, GROUPS: tl.constexpr, Q: tl.constexpr, BN: tl.constexpr,
-    BT: tl.constexpr, dtype: tl.constexpr, ASM: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """[BN, BT] in units of ``2^-POSITION``: for each group, ``scale (codes . x - zero sum(x))``."""
-    unit: tl.constexpr = 2.0**-_POSITION
-    total = tl.zeros((BN, BT), dtype=tl.float32)
-    for tile in tl.range(first, last, num_stages=STAGES):
-        values = decode.fields(tl.load(codes_at), WIDTH, dtype, ASM)
-        acc = tl.zeros((BN, BT), dtype=tl.float32)
-        for field in tl.static_range(16 // WIDTH):
-            x = tl.load(x_at + field * Q, mask=here, other=0.0)
-            acc = tl.dot(values[field], x, acc, input_precision="ieee")
-        groups = (tile // GROUP_TILES * GROUPS + group)[None, :] * N
-        zero = tl.load(zeros_at + groups).to(tl.float32)
-        total += (acc - zero * (tl.load(sums_at) * unit)[None, :]) * tl.load(scales_at + groups).to(tl.float32)
-        codes_at += N * Q
-        x_at += (16 // WIDTH) * Q
-        sums_at += GROUPS
-    return total
 
 
 _SIGNATURE = {
@@ -299,21 +216,24 @@ _ALIGNED = (*(name for name in _SIGNATURE if name.endswith("_ptr")), "N")
 
 
 def variants() -> list[Variant]:
-    """Every layout, as ERNIE-4.5's experts call it for up to two and up to four tokens."""
+    """Every layout, as ERNIE-4.5's experts call it for up to two and up to four tokens; grouped integers for more."""
     few = [
         _variant(name, layout, shape, words=words, planes=planes, width=width, elements=elements, group=group)
         for shape in FEW
         for name, layout, words, planes, width, elements, group in (
-            ("ccq_pair", "ccq", decode.CCQ_PAIR.value, 0, 1, 32, 64),
-            ("ccq_wide", "ccq", decode.CCQ_WIDE.value, 0, 1, 32, 64),
-            ("ccq_exact", "ccq", decode.CCQ_EXACT.value, 0, 1, 32, 64),
-            ("ccq_mixed", "ccq", decode.CCQ_MIXED.value, 0, 1, 32, 64),
+            ("ccq_pair", "ccq", assembly.CCQ_PAIR.value, 0, 1, 32, 64),
+            ("ccq_wide", "ccq", assembly.CCQ_WIDE.value, 0, 1, 32, 64),
+            ("ccq_exact", "ccq", assembly.CCQ_EXACT.value, 0, 1, 32, 64),
+            ("ccq_mixed", "ccq", assembly.CCQ_MIXED.value, 0, 1, 32, 64),
             ("planes2", "planes", 0, 2, 1, 32, 256),
             ("planes4", "planes", 0, 4, 1, 32, 256),
             ("int4_128", "grouped", 0, 0, 4, 32, 128),
         )
     ]
-    return [*few, _variant("int4_128", "grouped", SHAPES[0], width=4, elements=32, group=128)]
+    many = (
+        _variant("int4_128", "grouped", shape, width=4, elements=32, group=128) for shape in (SHAPES[0], SHAPES[-1])
+    )
+    return [*few, *many]
 
 
 def _variant(

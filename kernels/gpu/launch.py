@@ -9,7 +9,7 @@ from torch import Tensor
 from kernels.gpu.arrange import arrange_kernel
 from kernels.gpu.grouped import grouped_kernel
 from kernels.gpu.multiply import multiply_kernel
-from kernels.gpu.pack import GpuPrepared, Packed
+from kernels.gpu.packed import GpuPrepared, Packed
 from kernels.gpu.shapes import Shape, columns_for, features_for, group_tiles, splits_for, takes_groups
 
 ARRANGE_BLOCK = 4096

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from dataclasses import fields, replace
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from kernels.gpu import launch, pack
 from kernels.gpu.arrange import finish_kernel
-from kernels.gpu.pack import GpuPrepared, Packed
+from kernels.gpu.packed import GpuPrepared, Packed
 from kernels.gpu.shapes import shape_for
 from kernels.operands import (
     BitplaneWeight,
@@ -32,7 +33,7 @@ FINISH_BLOCK = 1024
 
 
 def prepare(weight: Weight, *, dtype: torch.dtype, device: torch.device) -> Prepared:
-    """Re-lay packed weights (`kernels.gpu.pack`); a dense matrix stays as it is, for cuBLAS.
+    """Re-lay packed weights (`kernels.gpu.packed`); a dense matrix stays as it is, for cuBLAS.
 
     What has no layout here (input features that fill no tile, groups of odd sizes) is decoded to `dtype`, and a warning
     says so.
@@ -49,14 +50,19 @@ def prepare(weight: Weight, *, dtype: torch.dtype, device: torch.device) -> Prep
         return GpuPrepared((packed,), dtype)
     decoded = DensePrepared.of(dequantize(weight, dtype).to(device).contiguous())
     if not isinstance(weight, DenseWeight):
-        logger.warning(
-            "no packed kernel for %s with %d input features; decoded to %s, %.1f GB",
-            type(weight).__name__,
-            decoded.in_features,
-            dtype,
-            decoded.num_bytes / 1e9,
-        )
+        _warn(type(weight).__name__, decoded.in_features, dtype)
     return decoded
+
+
+@functools.cache
+def _warn(operand: str, in_features: int, dtype: torch.dtype) -> None:
+    """Once for each kind of weight."""
+    logger.warning(
+        "no packed kernel for %s with %d input features: decoded to %s, which takes more memory and time",
+        operand,
+        in_features,
+        dtype,
+    )
 
 
 def _pack(weight: Weight, device: torch.device) -> Packed | None:

@@ -8,13 +8,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.gpu import decode
-from kernels.gpu.pack import FIELDS, Layout
+from kernels.gpu import assembly, decode
+from kernels.gpu.packed import FIELDS, Layout
 from kernels.gpu.shapes import SHAPES, Shape, features_for
 from kernels.gpu.variant import Variant
 
-_CCQ_EXPONENT = tl.constexpr(decode.POSITION - decode.CCQ_LOW - decode.CCQ_SCALE)
-_CCQ_UNIT = tl.constexpr(2.0**decode.CCQ_SCALE)
+_CCQ_EXPONENT = tl.constexpr(assembly.POSITION - assembly.CCQ_LOW - assembly.CCQ_SCALE)
+_CCQ_UNIT = tl.constexpr(2.0**assembly.CCQ_SCALE)
 
 
 # Sizes that change from step to step must not make new kernels.
@@ -151,16 +151,16 @@ def multiply_kernel(
         multiplier = tl.load(multiplier_ptr + (expert * N + column) * column_stride)
         addend = tl.load(addend_ptr + (expert * N + column) * column_stride)
         x_at = x_rows + first * (8 * Q)
-        if WORDS == decode.CCQ_MIXED:
+        if WORDS == assembly.CCQ_MIXED:
             if tl.load(exact_ptr + expert * ((N + 127) // 128) + start // 128) != 0:
                 acc = _ccq(
                     codes_at, scales_at, x_at, present, multiplier, addend, first, last, N,
-                    decode.CCQ_EXACT, GROUPS, Q, BN, BT, dtype, ASM,
+                    assembly.CCQ_EXACT, GROUPS, Q, BN, BT, dtype, ASM,
                 )  # fmt: skip
             else:
                 acc = _ccq(
                     codes_at, scales_at, x_at, present, multiplier, addend, first, last, N,
-                    decode.CCQ_WIDE, GROUPS, Q, BN, BT, dtype, ASM,
+                    assembly.CCQ_WIDE, GROUPS, Q, BN, BT, dtype, ASM,
                 )  # fmt: skip
         else:
             acc = _ccq(
@@ -257,10 +257,10 @@ _TYPES: dict[Layout, dict[str, str]] = {
 def variants() -> list[Variant]:
     """Every layout, for eight tokens and for many, as ERNIE-4.5's experts and matrices call it."""
     layouts: list[tuple[str, Layout, int, int]] = [
-        ("ccq_pair", "ccq", decode.CCQ_PAIR.value, 0),
-        ("ccq_wide", "ccq", decode.CCQ_WIDE.value, 0),
-        ("ccq_exact", "ccq", decode.CCQ_EXACT.value, 0),
-        ("ccq_mixed", "ccq", decode.CCQ_MIXED.value, 0),
+        ("ccq_pair", "ccq", assembly.CCQ_PAIR.value, 0),
+        ("ccq_wide", "ccq", assembly.CCQ_WIDE.value, 0),
+        ("ccq_exact", "ccq", assembly.CCQ_EXACT.value, 0),
+        ("ccq_mixed", "ccq", assembly.CCQ_MIXED.value, 0),
         ("int8", "int8", 0, 0),
         ("int4", "int4", 0, 0),
         ("planes2", "planes", 0, 2),

@@ -1,155 +1,22 @@
-"""Packed weights as the GPU kernels read them: re-laid once, at load.
-
-A matrix is cut along its input features into tiles of Q elements a column. An element (a byte of int8 and int4, 16 bits
-of the others) has F fields, so a tile spans ``Q F`` input features, and field f of element e meets activation
-``tile Q F + f Q + e`` of a row arranged in that order (`kernels.gpu.arrange`): whatever order a format has costs
-nothing while multiplying. The elements of a tile stand column after column, ``codes[..., tile, n, e]``, so that a
-program's [BN, Q] is one run of memory; behind the last column of all, `SPARE` elements may be read.
-
-Formats with scales of groups of input features have one or more groups in a tile. Element e is of the tile's group
-``e // run % groups``.
-
-Bytes taken, against the operand's: int8, int4 the same; CCQ the same codes and group scales, and 10 bytes a column, or
-2 where all columns have one codebook; the others the same. Input features that fill no tile are filled up with weights
-of zero: CCQ's to an even number of groups of 64.
-"""
+"""Operands of `kernels.operands` re-laid as `kernels.gpu.packed` says."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.gpu import decode, words
+from kernels.gpu import assembly, words
+from kernels.gpu.packed import BLOCK, SPARE, Packed
 from kernels.operands import BitplaneWeight, CcqWeight, GroupedWeight, Int4Weight, Int8Weight
 from kernels.reference.dequantize import GROUP
 
-Layout = Literal["dense", "int8", "int4", "ccq", "planes", "grouped"]
-GROUPED_LAYOUTS = frozenset(("ccq", "planes", "grouped"))
-"""Those whose scales change along the input features; their elements have 16 bits."""
 PLANES = (2, 3, 4)
 """Bit planes that there are kernels for."""
 ELEMENTS = (32, 16)
 """Q of bit planes and grouped integers: the first that fits. A tensor core's instruction takes 16."""
 LARGEST_TILE_GROUPS = 16
 """Groups of a tile, at most."""
-BLOCK = 128
-"""Output features that are marked together for exact words; programs take no more of them."""
-SPARE = BLOCK * 64
-"""Elements, or bytes of CCQ: a program reads whole blocks of columns, also where there are fewer."""
-
-
-@dataclass(frozen=True, slots=True)
-class Packed:
-    """A matrix, or a stack of E, re-laid. A single matrix is a stack of one.
-
-    Attributes:
-        layout: what the elements are.
-        codes: uint8 or int16 [E, tiles, N, Q]; bit planes [E, tiles, planes, N, Q]; dense [E, N, K] in the compute
-            dtype.
-        in_features: K.
-        column_scale: [E, N], applied to the sums; None for dense.
-        group_scales: CCQ int16, or int8 for tiles of two groups, [E, tiles, N], 4 bits a group, the first lowest; bit
-            planes fp16 [E, groups, planes + 1, N]; grouped integers [E, groups, N]; otherwise None.
-        zeros: grouped integers uint8 [E, groups, N]; otherwise None.
-        multiplier: CCQ int32 [E, N], or [1] for all columns, see `kernels.gpu.words`; otherwise None.
-        addend: likewise; for `CCQ_PAIR` twice, in the lower and the upper 16 bits.
-        exact: `CCQ_MIXED` uint8 [E, blocks], 1 where multiplier and addend are fp32; otherwise None.
-        order: int32 [Q F]: the input feature of a tile at each of its places, and from bit 16 on, the power of two that
-            the activation is divided by; None if they stand in order.
-        words: of CCQ, see `kernels.gpu.decode`.
-        width: bits of a field of grouped integers.
-        group_size: bit planes and grouped integers: input features of a group.
-        groups: in a tile; 1 if a group has several tiles.
-        run: elements of a tile that stand together and are of one group.
-    """
-
-    layout: Layout
-    codes: Tensor
-    in_features: int
-    column_scale: Tensor | None = None
-    group_scales: Tensor | None = None
-    zeros: Tensor | None = None
-    multiplier: Tensor | None = None
-    addend: Tensor | None = None
-    exact: Tensor | None = None
-    order: Tensor | None = None
-    words: int = 0
-    width: int = 0
-    group_size: int = 0
-    groups: int = 1
-    run: int = 1
-
-    @property
-    def out_features(self) -> int:
-        """N."""
-        return self.codes.shape[1 if self.layout == "dense" else -2]
-
-    @property
-    def elements(self) -> int:
-        """Q; for dense, how many input features a tile has."""
-        return 64 if self.layout == "dense" else self.codes.shape[-1]
-
-    @property
-    def fields(self) -> int:
-        """F, weights in an element."""
-        return 16 // self.width if self.layout == "grouped" else FIELDS[self.layout]
-
-    @property
-    def tile(self) -> int:
-        """Input features of a tile."""
-        return self.elements * self.fields
-
-    @property
-    def tiles(self) -> int:
-        """Tiles along K."""
-        return -(-self.in_features // self.tile)
-
-    @property
-    def planes(self) -> int:
-        """Bit planes; 0 for other layouts."""
-        return self.codes.shape[2] if self.layout == "planes" else 0
-
-    @property
-    def num_bytes(self) -> int:
-        """Memory it takes."""
-        held = (self.codes, self.column_scale, self.group_scales, self.zeros)
-        held += (self.multiplier, self.addend, self.exact, self.order)
-        return sum(t.numel() * t.element_size() for t in held if t is not None)
-
-
-FIELDS: dict[Layout, int] = {"dense": 1, "int8": 1, "int4": 2, "ccq": 8, "planes": 16}
-
-
-@dataclass(frozen=True, slots=True)
-class GpuPrepared:
-    """What `kernels.gpu.prepare` makes of all but a plain dense matrix: parts side by side along K, usually one.
-
-    Attributes:
-        parts: along K.
-        dtype: of activations; what rows are looked up in, for a table of embeddings.
-    """
-
-    parts: tuple[Packed, ...]
-    dtype: torch.dtype = torch.bfloat16
-
-    @property
-    def out_features(self) -> int:
-        """N."""
-        return self.parts[0].out_features
-
-    @property
-    def in_features(self) -> int:
-        """K."""
-        return sum(part.in_features for part in self.parts)
-
-    @property
-    def num_bytes(self) -> int:
-        """Memory it takes."""
-        return sum(part.num_bytes for part in self.parts)
 
 
 def stacked(tensor: Tensor, *, dims: int) -> Tensor:
@@ -246,10 +113,10 @@ def _lines(scale: Tensor, zero: Tensor) -> tuple[int, Tensor, Tensor, Tensor | N
     found = words.lines(scale, zero, shift=words.PAIR_SHIFT) if bool(first.there.all()) else first
     if bool(found.there.all()):
         # In both halves, for two bytes.
-        return decode.CCQ_PAIR.value, *_shared(found.multiplier, found.addend * 0x10001), None
+        return assembly.CCQ_PAIR.value, *_shared(found.multiplier, found.addend * 0x10001), None
     found = words.lines(scale, zero, shift=words.WIDE_SHIFT)
     if bool(found.there.all()):
-        return decode.CCQ_WIDE.value, *_shared(found.multiplier, found.addend), None
+        return assembly.CCQ_WIDE.value, *_shared(found.multiplier, found.addend), None
     experts, n = scale.shape
     blocks = -(-n // BLOCK)
     missing = F.pad(~found.there, (0, blocks * BLOCK - n)).view(experts, blocks, BLOCK).any(dim=-1)
@@ -257,8 +124,8 @@ def _lines(scale: Tensor, zero: Tensor) -> tuple[int, Tensor, Tensor, Tensor | N
     multiplier = torch.where(columns, scale.contiguous().view(torch.int32), found.multiplier)
     addend = torch.where(columns, zero.contiguous().view(torch.int32), found.addend)
     if bool(missing.all()):
-        return decode.CCQ_EXACT.value, *_shared(multiplier, addend), None
-    return decode.CCQ_MIXED.value, multiplier, addend, missing.to(torch.uint8)
+        return assembly.CCQ_EXACT.value, *_shared(multiplier, addend), None
+    return assembly.CCQ_MIXED.value, multiplier, addend, missing.to(torch.uint8)
 
 
 def _shared(multiplier: Tensor, addend: Tensor) -> tuple[Tensor, Tensor]:
@@ -275,7 +142,7 @@ def _ccq_order(groups: int, *, permuted: bool) -> Tensor:
         row = stored % GROUP
         stored = stored - row + 8 * (row % 16 // 2) + 2 * (row // 16) + row % 2
     windows = stored.permute(3, 1, 0, 2).reshape(4, -1, 2)  # [j, e, h]
-    positions = [decode.CCQ_LOW if field // 2 % 2 else decode.CCQ_HIGH for field in range(8)]
+    positions = [assembly.CCQ_LOW if field // 2 % 2 else assembly.CCQ_HIGH for field in range(8)]
     return _placed(windows.transpose(1, 2).reshape(8, -1), positions)
 
 
@@ -289,7 +156,7 @@ def planes(weight: BitplaneWeight) -> Packed | None:
     coefficients = stacked(weight.coefficients, dims=3).float()  # [E, K/G, k+1, N]
     experts, count, k, n = words32.shape
     size = count * 32 // coefficients.shape[1]
-    elements = _elements(count * 32, size, fields=16)
+    elements = _elements(count * 32, size, fields=16, groups=4)
     if elements is None or k not in PLANES:
         return None
     tiles = -(-count * 2 // elements)
@@ -318,7 +185,7 @@ def grouped(weight: GroupedWeight) -> Packed | None:
     experts, count, n = words32.shape
     k, fields = count * 32 // weight.bits, 16 // weight.bits
     size = k // scales.shape[1]
-    elements = _elements(k, size, fields=fields)
+    elements = _elements(k, size, fields=fields, groups=1)
     if elements is None:
         return None
     tiles = -(-count * 2 // elements)
@@ -340,8 +207,8 @@ def grouped(weight: GroupedWeight) -> Packed | None:
     )
 
 
-def _elements(k: int, size: int, *, fields: int) -> int | None:
-    """Elements of a tile: one group in it if that is possible, and K filled if that is."""
+def _elements(k: int, size: int, *, fields: int, groups: int) -> int | None:
+    """Elements of a tile: K filled if that is possible, and no more than so many groups in it if that is."""
     fitting = [
         e
         for e in ELEMENTS
@@ -349,7 +216,7 @@ def _elements(k: int, size: int, *, fields: int) -> int | None:
     ]
     if not fitting or size % fields:
         return None
-    return min(fitting, key=lambda e: (k % (e * fields) != 0, e * fields > size, -e))
+    return min(fitting, key=lambda e: (k % (e * fields) != 0, e * fields > size * groups, -e))
 
 
 def _whole(of_groups: Tensor, features: int, size: int) -> Tensor:
@@ -362,4 +229,4 @@ def _field_order(elements: int, width: int) -> Tensor:
     """`Packed.order` where an element's fields are neighbours."""
     fields = 16 // width
     features = torch.arange(elements * fields, dtype=torch.int32).view(elements, fields).t()
-    return _placed(features, [decode.position(field, width) for field in range(fields)])
+    return _placed(features, [assembly.position(field, width) for field in range(fields)])

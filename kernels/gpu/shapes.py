@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import triton
 
-from kernels.gpu.pack import GROUPED_LAYOUTS, GpuPrepared, Layout, Packed
+from kernels.gpu.packed import GROUPED_LAYOUTS, GpuPrepared, Layout, Packed
 
 PROGRAMS = 1056
 """Programs worth having, so that every multiprocessor of an H100 (132) has eight: two warps each, so that enough loads
@@ -50,8 +50,9 @@ def shape_for(rows: int, *weights: GpuPrepared) -> Shape:
 
 
 def features_for(layout: Layout, shape: Shape) -> int:
-    """Output features of a program. Bit planes want the registers of twice as many of the other formats."""
-    return shape.features // 2 if layout == "planes" and shape.rows <= SHAPES[1].rows else shape.features
+    """Output features of a program: fewer where sums of planes, or of groups beside all, want registers too."""
+    few = shape.rows <= SHAPES[1].rows
+    return shape.features // 2 if (layout == "planes" and few) or (layout == "grouped" and not few) else shape.features
 
 
 def takes_groups(weight: Packed, shape: Shape) -> bool:

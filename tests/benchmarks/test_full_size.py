@@ -55,7 +55,7 @@ def test_a_decode_step_of_one_token_reads_the_experts_it_chose():
     assert found.read(4, 100) - found.read(4, 0) == 400 * found.token
 
 
-@pytest.mark.parametrize("name", ["bf16", "wint8", "wint4", "wint2", "bitplane2", "bitplane4"])
+@pytest.mark.parametrize("name", ["bf16", "wint8", "wint4", "wint2", "bitplane2", "bitplane4", "grouped4"])
 @pytest.mark.parametrize("experts", [None, 2])
 def test_random_weights_have_a_deviation_of_one_over_root_k(name, experts):
     weight = random_weight(name, 256, 96, experts=experts, device=CPU, dtype=torch.float32)
@@ -113,6 +113,16 @@ def test_every_operation_and_format_runs_on_a_cpu(capsys):
         "linear", "fused_moe", "paged_attention", "add_rms_norm", "silu_and_mul", "rotary_store_kv", "route",
     }  # fmt: skip
     formats = {row["format"] for row in rows if row["operation"] == "linear"}
-    assert {"torch dense", "wint2", "wint2 by column", "wint4", "wint8", "bitplane2", "bitplane4", "bf16"} <= formats
+    assert {
+        "torch dense",
+        "wint2",
+        "wint2 by column",
+        "wint4",
+        "wint8",
+        "bitplane2",
+        "bitplane4",
+        "grouped4",
+        "bf16",
+    } <= formats
     ratios = [row["times_as_fast_as_torch"] for row in rows if row["operation"] in ("linear", "fused_moe")]
     assert all(ratio > 0 for ratio in ratios)

@@ -126,7 +126,9 @@ def probed(args: dict[str, Any]) -> Any:
     from deployments.pool import client_options, engines
 
     config = AppConfig.parse(args)
-    return Probe.bind({pool.name: engines(config, pool) for pool in config.pools}, client_options(config))
+    # As the Ingress does: what it holds must see the new engine come up, however long that takes here.
+    patient = Probe.options(graceful_shutdown_timeout_s=240)
+    return patient.bind({pool.name: engines(config, pool) for pool in config.pools}, client_options(config))
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from kernels import cpu, ops, reference
 from kernels.cpu import storage, threads
 from kernels.cpu.dense import HalfPrepared
+from kernels.cpu.layout import LINE, TABLE_BYTES
 from kernels.cpu.packed import PackedPrepared, codebook, pack
 from kernels.cpu.product import decode
 from kernels.operands import BitplaneWeight, CcqWeight, DenseWeight, Int4Weight, Int8Weight
@@ -47,11 +48,14 @@ def random_bytes(generator, *shape):
     return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
 
 
-def ccq(generator, k, n, experts=None, *, row_order="plain", shared=False):
+def ccq(generator, k, n, experts=None, *, row_order="plain", shared=False, line=False):
+    """Codebooks of columns; or one for each matrix, of integers if `line`."""
     lead = () if experts is None else (experts,)
     code_scale = 90 + 60 * torch.rand(*lead, n, generator=generator)
     code_zp = 200 * torch.rand(*lead, n, generator=generator) - 100  # words below zero too
-    if shared:  # one pair for each matrix
+    if line:
+        code_scale, code_zp = (code_scale * 2).round() / 2, code_zp.round() / 2
+    if shared or line:
         code_scale, code_zp = (t[..., :1].expand_as(t).contiguous() for t in (code_scale, code_zp))
     return CcqWeight(
         codes=random_bytes(generator, *lead, k // 4, n),
@@ -79,12 +83,13 @@ def int4(generator, k, n, experts=None):
 def weights(draw, stack=stacks):
     """Any packed weight: K no multiple of a chunk, an odd number of groups, N no multiple of a tile."""
     generator, experts, n = rng(draw(seeds)), draw(stack), draw(st.integers(1, 40))
-    kind = draw(st.sampled_from(["plain", "permuted", "int4", "int8"]))
+    kind = draw(st.sampled_from(["plain", "permuted", "int4", "int8"]))  # of rows, or of integers
     if kind == "int8":
         return int8(generator, draw(st.integers(1, 600)), n, experts)
     if kind == "int4":
         return int4(generator, 2 * draw(st.integers(1, 300)), n, experts)
-    return ccq(generator, 64 * draw(st.integers(1, 13)), n, experts, row_order=kind, shared=draw(st.booleans()))
+    codebooks = draw(st.sampled_from([{}, {"shared": True}, {"line": True}]))
+    return ccq(generator, 64 * draw(st.integers(1, 13)), n, experts, row_order=kind, **codebooks)
 
 
 def bound(x, dense):
@@ -175,7 +180,7 @@ def test_what_is_not_finite_shows_in_its_row_only(bad):
 )
 def test_fused_moe(kind, tokens, num_experts, packed, seed, data):
     top_k = data.draw(st.integers(1, num_experts))
-    options = {"shared": data.draw(st.booleans())} if kind == "ccq" else {}
+    options = data.draw(st.sampled_from([{}, {"shared": True}, {"line": True}])) if kind == "ccq" else {}
     hidden, width = 64 * data.draw(st.integers(1, 5)), 64 * data.draw(st.integers(1, 4))
     dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16]))
     generator = rng(seed)
@@ -252,10 +257,22 @@ def test_codebooks_of_columns_are_those_of_the_reference(scale, zero):
 
 def test_a_matrix_has_one_codebook_if_all_its_columns_have_the_same():
     shared, own = pack(ccq(rng(0), 64, 5, 2, shared=True)), pack(ccq(rng(0), 64, 5, 2))
-    assert shared.table.shape == (2, 1024)
+    assert shared.table.shape == (2, TABLE_BYTES)
     assert shared.code_scale.numel() == 0
     assert own.table.numel() == 0
     assert own.code_scale.shape == (2, 5)
+
+
+@pytest.mark.parametrize(
+    ("scale", "zero", "expected"),
+    [(128.5, 0, True), (100, 12.5, True), (128.5, -99, True), (300, 0, True), (128.25, 0, False), (120, 0.3, False)],
+)
+def test_codebooks_of_integers_are_computed(scale, zero, expected):
+    weight = ccq(rng(0), 64, 3)
+    weight = replace(weight, code_scale=torch.full((3,), float(scale)), code_zp=torch.full((3,), float(zero)))
+    prepared = pack(weight)
+    assert (prepared.kind == LINE) == expected
+    assert torch.equal(decode(prepared, 0, range(3)), dequantize(weight, torch.float32))
 
 
 class TestPrepare:

@@ -226,6 +226,15 @@ def test_an_idle_replica_refuses_nothing():
     assert router.choose(job(90_000), now=0.0).predicted_ttft_s > 2.0
 
 
+def test_a_guess_refuses_nothing():
+    router = Router(RoutingOptions(), seed=0)
+    router.add(replica("new", seats=256))
+    router.observe("new", load(), now=0.0)
+    for _ in range(200):
+        router.choose(job(), now=0.0)
+    assert router.reserved == 200
+
+
 def test_slow_hardware_is_shared():
     router = Router(RoutingOptions(), seed=0)
     router.add(replica("cpu", seats=64))

@@ -6,8 +6,10 @@ import re
 
 import pytest
 
+from benchmarks.scales import MODELS
 from engine.config import EngineConfig
 from engine.execution.memory import CacheNeed, GpuMemory, shortage
+from engine.quantization.vocabulary import savings
 
 GB = 10**9
 BLOCK = 16 * 221_184  # 16 tokens of ERNIE-4.5-300B-A47B in bf16
@@ -75,6 +77,20 @@ def test_int8_is_not_proposed_twice_nor_ranks_that_do_not_divide_the_heads():
     said = ask(H100, 16384, kv_cache_dtype="int8", heads=3) or ""
     assert "kv_cache_dtype" not in said
     assert "tensor_parallel_size" not in said
+
+
+@pytest.mark.parametrize(("missing", "named"), [(1.0, "int8"), (2.0, "int4"), (3.0, None)])
+def test_tables_are_rounded_where_that_is_enough(missing, named):
+    """The 300B's two tables, of 1.69 GB each in bf16."""
+    saved = savings(MODELS["300b"], 1, None)
+    assert {how: round(size / GB, 2) for how, size in saved.items()} == {"int8": 1.69, "int4": 2.5}
+    needed = need(8192).blocks(16) * BLOCK
+    memory = GpuMemory(total=100 * GB, weights=int(90 * GB - needed + missing * GB), other=0, activations=0, graphs=0)
+    said = shortage(memory, need(8192), EngineConfig(model="m"), rank=0, num_heads=64, embedding_savings=saved) or ""
+    assert ("quantize_embeddings" in said) == (named is not None)
+    assert named is None or f"quantize_embeddings {named}" in said
+    assert savings(MODELS["300b"], 1, "int8") == {}
+    assert savings(MODELS["21b"], 2, None)["int8"] * 4 < saved["int8"]  # tied, and half of it
 
 
 def test_where_nothing_helps_the_message_says_so():

@@ -17,16 +17,30 @@ from benchmarks.compiled import MAX_REGISTERS, MAX_SHARED_BYTES
 from benchmarks.sass import all_variants
 
 OPS_PER_BYTE: dict[str, dict[int, float]] = {
-    "multiply_ccq_pair_experts_8": {80: 9.3, 90: 9.2},
-    "multiply_ccq_wide_experts_64": {80: 25.5, 90: 17.0},
-    "multiply_ccq_wide_linear_16": {80: 12.8, 90: 12.8},
-    "multiply_int4_experts_8": {80: 4.7, 90: 4.6},
-    "multiply_int8_experts_8": {80: 2.6, 90: 2.5},
+    "grouped_ccq_pair_experts_2": {80: 5.6, 90: 5.6},
+    "grouped_ccq_wide_experts_2": {80: 7.1, 90: 7.1},
+    "grouped_ccq_mixed_experts_2": {80: 9.2, 90: 9.2},
+    "grouped_planes2_experts_2": {80: 7.6, 90: 7.6},
+    "grouped_int4_128_experts_2": {80: 3.8, 90: 3.8},
+    "multiply_ccq_pair_experts_8": {80: 7.8, 90: 7.8},
+    "multiply_ccq_wide_experts_64": {80: 15.8, 90: 14.7},
+    "multiply_int4_experts_8": {80: 4.4, 90: 4.3},
+    "multiply_int8_experts_8": {80: 2.5, 90: 2.3},
 }
 """Lane-operations of the inner loop for each packed byte, at most; by kernel and compute capability. What a GPU can
 issue while it loads a byte is printed by ``python -m benchmarks.sass``, which also compiles all the other kernels."""
 
-OTHERS = ("attention i8 128", "attention combine", "add_rms_norm 8192", "rotary_store_kv i8", "route", "sort")
+OTHERS = (
+    "attention i8 128",
+    "attention bf16 256 prefill",
+    "attention combine",
+    "add_rms_norm 8192",
+    "rotary_store_kv i8",
+    "route",
+    "sort",
+    "embedding int4",
+    "arrange",
+)
 """Parts of the names of kernels to compile besides."""
 
 

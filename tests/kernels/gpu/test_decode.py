@@ -1,4 +1,4 @@
-"""The assembly of `kernels.gpu.decode`, run instruction by instruction: the interpreter of Triton leaves it out.
+"""The assembly of `kernels.gpu.assembly`, run instruction by instruction: the interpreter of Triton leaves it out.
 
 `Machine` knows the few PTX instructions used, as the PTX ISA manual describes them.
 """
@@ -12,7 +12,7 @@ import pytest
 import torch
 import weights as make
 
-from kernels.gpu import decode, words
+from kernels.gpu import assembly, words
 
 MASK = 0xFFFFFFFF
 
@@ -105,25 +105,25 @@ def ccq_line(kind: int, pair: tuple[float, float]) -> tuple[list[int], list[int]
     """Multiplier and addend as a kernel gets them; and the words they have to give."""
     slope, zero = torch.tensor([pair[0]]), torch.tensor([pair[1]])
     expected = words.words(slope, zero)[:, 0].tolist()
-    if kind == decode.CCQ_EXACT.value:
+    if kind == assembly.CCQ_EXACT.value:
         return [int(part.view(torch.int32).item()) & MASK for part in (slope, zero)], expected
-    shift = words.PAIR_SHIFT if kind == decode.CCQ_PAIR.value else words.WIDE_SHIFT
+    shift = words.PAIR_SHIFT if kind == assembly.CCQ_PAIR.value else words.WIDE_SHIFT
     found = words.lines(slope, zero, shift=shift)
     assert found.there
     line = [int(part.item()) & MASK for part in (found.multiplier, found.addend)]
-    if kind == decode.CCQ_PAIR.value:
+    if kind == assembly.CCQ_PAIR.value:
         line[1] *= 0x10001
     return line, expected
 
 
 KINDS = [
-    (decode.CCQ_PAIR.value, make.PAIR),
-    (decode.CCQ_WIDE.value, make.WIDE),
-    (decode.CCQ_EXACT.value, make.WIDE),
-    (decode.CCQ_EXACT.value, (100.7, -300.25)),
-    (decode.CCQ_EXACT.value, (-127.3, 32000.1)),
+    (assembly.CCQ_PAIR.value, make.PAIR),
+    (assembly.CCQ_WIDE.value, make.WIDE),
+    (assembly.CCQ_EXACT.value, make.WIDE),
+    (assembly.CCQ_EXACT.value, (100.7, -300.25)),
+    (assembly.CCQ_EXACT.value, (-127.3, 32000.1)),
 ]
-POSITIONS = [decode.CCQ_HIGH, decode.CCQ_LOW] * 2
+POSITIONS = [assembly.CCQ_HIGH, assembly.CCQ_LOW] * 2
 
 
 @pytest.mark.parametrize(("kind", "pair"), KINDS)
@@ -131,35 +131,37 @@ def test_every_byte_of_ccq_leaves_its_windows(kind, pair):
     line, expected = ccq_line(kind, pair)
     for code in range(0, 256, 4):
         register = sum((code + i) << 8 * i for i in range(4))
-        got = run(decode.ASM_CCQ.value[kind], 8, [register, line[0], line[0], line[1], line[1]])
+        got = run(assembly.ASM_CCQ.value[kind], 8, [register, line[0], line[0], line[1], line[1]])
         for i in range(4):  # byte i % 2 of element i // 2
             for window, (v, position) in enumerate(zip(windows(expected[code + i]), POSITIONS, strict=True)):
-                assert got[2 * (2 * window + i % 2) + i // 2] == (v + 32) * 2.0 ** (position - decode.POSITION)
+                assert got[2 * (2 * window + i % 2) + i // 2] == (v + 32) * 2.0 ** (position - assembly.POSITION)
 
 
 @pytest.mark.parametrize(("kind", "pair"), KINDS)
 @pytest.mark.parametrize("scale", [0, 1, 7, 15])
 def test_every_byte_of_ccq_is_scaled_exactly(kind, pair, scale):
     line, expected = ccq_line(kind, pair)
-    factor = scale * 2.0**decode.CCQ_SCALE
-    offsets = [-factor * 2.0 ** (5 + position - decode.POSITION) for position in (decode.CCQ_HIGH, decode.CCQ_LOW)]
+    factor = scale * 2.0**assembly.CCQ_SCALE
+    offsets = [
+        -factor * 2.0 ** (5 + position - assembly.POSITION) for position in (assembly.CCQ_HIGH, assembly.CCQ_LOW)
+    ]
     factors = [joined(np.array([value, value])) for value in (factor, *offsets)]
     for code in range(0, 256, 4):
         register = sum((code + i) << 8 * i for i in range(4))
-        text = decode.ASM_CCQ_SCALED.value[kind]
+        text = assembly.ASM_CCQ_SCALED.value[kind]
         got = run(text, 8, [register, line[0], line[0], line[1], line[1], *factors])
         for i in range(4):
             for window, (v, position) in enumerate(zip(windows(expected[code + i]), POSITIONS, strict=True)):
-                want = v * scale * 2.0 ** (decode.CCQ_SCALE + position - decode.POSITION)
+                want = v * scale * 2.0 ** (assembly.CCQ_SCALE + position - assembly.POSITION)
                 assert got[2 * (2 * window + i % 2) + i // 2] == want
 
 
 @pytest.mark.parametrize("width", [1, 2, 4, 8])
 def test_every_field_of_an_element_is_masked_out(width):
     for low, high in ((0x0000, 0xFFFF), (0xFFFF, 0x0000), (0x1234, 0xFEDC), (0xA5A5, 0x8001)):
-        got = run(decode.ASM_FIELDS.value[width], 16 // width, [low | high << 16])
+        got = run(assembly.ASM_FIELDS.value[width], 16 // width, [low | high << 16])
         for field in range(16 // width):
-            unit = 2.0 ** (decode.position(field, width) - decode.POSITION)
+            unit = 2.0 ** (assembly.position(field, width) - assembly.POSITION)
             want = [(element >> field * width & (1 << width) - 1) * unit for element in (low, high)]
             assert got[2 * field : 2 * field + 2] == want
 
@@ -167,9 +169,9 @@ def test_every_field_of_an_element_is_masked_out(width):
 def test_every_byte_of_int8_and_int4():
     for code in range(0, 256, 4):
         register = sum((code + i) << 8 * i for i in range(4))
-        assert run(decode.ASM_INT8.value, 2, [register]) == [code + i - 128 for i in range(4)]
+        assert run(assembly.ASM_INT8.value, 2, [register]) == [code + i - 128 for i in range(4)]
         low, high = ([(code + i) & 15 for i in range(4)], [code + i >> 4 for i in range(4)])
-        assert run(decode.ASM_INT4.value, 4, [register]) == [v - 8 for v in low + high]
+        assert run(assembly.ASM_INT4.value, 4, [register]) == [v - 8 for v in low + high]
 
 
 @pytest.mark.parametrize("count", [2, 3, 4])
@@ -179,7 +181,7 @@ def test_every_bit_of_a_plane(count):
         elements = [[(code + 77 * i) * (7 * p + 1) % 65536 for i in range(2)] for p in range(count)]
         registers = [low | high << 16 for low, high in elements]
         coefficients = [joined(np.array([f, f])) for f in (*factors, -0.25)]
-        got = run(decode.ASM_PLANES.value[count], 16, [*registers, *coefficients])
+        got = run(assembly.ASM_PLANES.value[count], 16, [*registers, *coefficients])
         for field in range(16):
             for i in range(2):
                 total = -0.25 + sum(f * (elements[p][i] >> field & 1) for p, f in enumerate(factors))
@@ -188,12 +190,12 @@ def test_every_bit_of_a_plane(count):
 
 def test_the_constraints_match_the_operands():
     for text, outputs, inputs in (
-        *((text, 8, 5) for text in decode.ASM_CCQ.value),
-        *((text, 8, 8) for text in decode.ASM_CCQ_SCALED.value),
-        *((text, 16 // width, 1) for width, text in decode.ASM_FIELDS.value.items()),
-        (decode.ASM_INT8.value, 2, 1),
-        (decode.ASM_INT4.value, 4, 1),
-        *((text, 16, 2 * count + 1) for count, text in decode.ASM_PLANES.value.items()),
+        *((text, 8, 5) for text in assembly.ASM_CCQ.value),
+        *((text, 8, 8) for text in assembly.ASM_CCQ_SCALED.value),
+        *((text, 16 // width, 1) for width, text in assembly.ASM_FIELDS.value.items()),
+        (assembly.ASM_INT8.value, 2, 1),
+        (assembly.ASM_INT4.value, 4, 1),
+        *((text, 16, 2 * count + 1) for count, text in assembly.ASM_PLANES.value.items()),
     ):
         named = {int(number) for number in re.findall(r"\$(\d+)", text)}
         assert max(named) < outputs + inputs

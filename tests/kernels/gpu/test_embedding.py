@@ -8,7 +8,7 @@ import weights as make
 
 from kernels.gpu.embedding import embedding, prepare_embedding
 from kernels.gpu.linear import linear
-from kernels.gpu.pack import GpuPrepared
+from kernels.gpu.packed import GpuPrepared
 from kernels.operands import GroupedWeight, Int8Weight
 
 torch.set_num_threads(1)

@@ -10,9 +10,9 @@ import weights as make
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.gpu import decode, launch, shapes, words
+from kernels.gpu import assembly, launch, shapes, words
 from kernels.gpu.linear import linear, prepare
-from kernels.gpu.pack import GpuPrepared
+from kernels.gpu.packed import GpuPrepared
 from kernels.operands import CcqWeight, Weight
 from kernels.prepared import DensePrepared
 
@@ -173,7 +173,7 @@ def lineless() -> tuple[CcqWeight, int]:
 
 @pytest.mark.parametrize(
     ("before", "columns", "kind"),
-    [(0, 4, decode.CCQ_EXACT), (130, 300, decode.CCQ_MIXED)],
+    [(0, 4, assembly.CCQ_EXACT), (130, 300, assembly.CCQ_MIXED)],
 )
 @pytest.mark.parametrize("tokens", [2, 9])
 def test_a_column_without_a_line_keeps_the_exact_words(lineless, before, columns, kind, tokens):
