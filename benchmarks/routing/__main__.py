@@ -45,7 +45,7 @@ def contestants() -> dict[str, Make]:
     """Every policy by name; each makes an ingress from a seed."""
     made: dict[str, Make] = {policy.name: (lambda seed, policy=policy: policy(seed=seed)) for policy in POLICIES}
     made[ADMITTING_ALL] = lambda seed: Router(RoutingOptions(admission=False), seed=seed)
-    made[OURS] = lambda seed: Router(RoutingOptions(), seed=seed)
+    made[OURS] = lambda seed: Router(RoutingOptions(admission=True), seed=seed)
     return made
 
 

@@ -21,7 +21,7 @@ SESSION_BLOCKS = 2048
 def measure(choices: int) -> dict[str, dict[str, float]]:
     """Microseconds, by kind of prompt, and of one observation of a step."""
     rng = random.Random(0)
-    router = Router(RoutingOptions(), seed=0)
+    router = Router(RoutingOptions(admission=True), seed=0)
     systems = [[name_block(1 << 40 | group, i) for i in range(SYSTEM_BLOCKS)] for group in range(16)]
     sessions = []
     for i in range(REPLICAS):

@@ -51,6 +51,7 @@ OPERATIONS = (
         "post", "/tokenize", "Count and show the tokens of a text or a conversation", (TokenizeText, TokenizeChat)
     ),
     Operation("post", "/detokenize", "The text of token ids", (Detokenize,)),
+    Operation("get", "/tokenizer_info", "What the tokenizer is"),
     Operation("get", "/v1/models", "List the models that are served"),
     Operation("get", "/v1/models/{model}", "Describe a model"),
     Operation("get", "/health", "Whether some engine makes progress"),

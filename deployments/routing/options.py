@@ -18,8 +18,9 @@ class RoutingOptions(BaseModel):
     """Seconds until the first token that count as good."""
     slo_tpot_s: float = Field(default=0.05, gt=0)
     """Seconds between later tokens, averaged over a request, that count as good."""
-    admission: bool = True
-    """Whether requests are turned away (429) while no replica could serve them within the limits below."""
+    admission: bool = False
+    """Whether requests are turned away (429) while no replica could serve them within the limits below. Without it they
+    wait, and under overload all of them miss the service level; with it, those that are let in keep it."""
     max_ttft_s: float = Field(default=1.5, gt=0)
     """Predicted seconds until the first token beyond which a request is turned away, unless its prompt takes so long
     even on an idle replica. Short of ``slo_ttft_s``: under overload every prediction is at this limit, and half of what

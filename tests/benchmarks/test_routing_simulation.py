@@ -143,7 +143,7 @@ def test_ours_beats_round_robin_on_mixed_pools():
     workload = Workload(LogNormal(400, 0.8, 8, 4000), LogNormal(100, 0.6, 4, 400), groups=4, turns=2.0)
     requests = workload.generate(rate=7.0, seconds=25.0, block_size=64, seed=0)
     good = []
-    for make in (POLICIES[0], lambda seed: Router(RoutingOptions(), seed=seed)):
+    for make in (POLICIES[0], lambda seed: Router(RoutingOptions(admission=True), seed=seed)):
         simulation = Simulation([make(seed=0)])
         for accelerator, ranks, budget in ((H20, 1, 512), (H20, 1, 512), (A100, 4, 2048)):
             simulation.add_replica(

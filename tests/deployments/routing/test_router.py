@@ -208,7 +208,7 @@ def test_second_request_follows_the_first_with_the_same_prefix():
 
 
 def test_overload_is_refused_with_a_time_and_urgent_requests_are_not():
-    router = Router(RoutingOptions(), seed=0)
+    router = Router(RoutingOptions(admission=True), seed=0)
     router.add(replica("a"))
     router.observe("a", load(10, waiting=50, running=8, prefill=100_000), now=0.0)
     with pytest.raises(OverloadedError) as caught:
@@ -221,13 +221,13 @@ def test_overload_is_refused_with_a_time_and_urgent_requests_are_not():
 
 
 def test_an_idle_replica_refuses_nothing():
-    router = Router(RoutingOptions(), seed=0)
+    router = Router(RoutingOptions(admission=True), seed=0)
     router.add(replica("a", max_model_len=100_000, total_blocks=10_000))
     assert router.choose(job(90_000), now=0.0).predicted_ttft_s > 2.0
 
 
 def test_a_guess_refuses_nothing():
-    router = Router(RoutingOptions(), seed=0)
+    router = Router(RoutingOptions(admission=True), seed=0)
     router.add(replica("new", seats=256))
     router.observe("new", load(), now=0.0)
     for _ in range(200):
@@ -236,7 +236,7 @@ def test_a_guess_refuses_nothing():
 
 
 def test_slow_hardware_is_shared():
-    router = Router(RoutingOptions(), seed=0)
+    router = Router(RoutingOptions(admission=True), seed=0)
     router.add(replica("cpu", seats=64))
     for steps in range(1, 200):  # a token takes 0.3 s, alone or with three others
         router.observe("cpu", load(steps, running=1 + steps % 4, per_step=0.3), now=0.3 * steps)
