@@ -12,9 +12,13 @@ from engine.planning.advice import Offer
 
 Target = Literal["serve-config", "helm-values"]
 DEFAULTS = EngineConfig(model="")
+EMBEDDINGS = {"wint8": "int8", "wint4": "int4"}
+"""Formats of the vocabulary's matrices as the engine's option has them."""
 
 
-def emit(target: Target, offer: Offer, *, model: str, engine: EngineConfig, command: str) -> str:
+def emit(
+    target: Target, offer: Offer, *, model: str, engine: EngineConfig, command: str, vocabulary: str = "bf16"
+) -> str:
     """The file's text.
 
     Args:
@@ -23,6 +27,7 @@ def emit(target: Target, offer: Offer, *, model: str, engine: EngineConfig, comm
         model: folder or repository of the weights.
         engine: the engine options that the plan was made with.
         command: how to make the file again, for its first line.
+        vocabulary: format of the embedding and the head that the plan was made with.
 
     Raises:
         ConfigError: the card has no name by which Ray finds it.
@@ -38,6 +43,8 @@ def emit(target: Target, offer: Offer, *, model: str, engine: EngineConfig, comm
             options[name] = getattr(engine, name)
     if fit.demand.kv_dtype == "int8":
         options["kv_cache_dtype"] = "int8"
+    if vocabulary in EMBEDDINGS:
+        options["quantize_embeddings"] = EMBEDDINGS[vocabulary]
     pool = {
         "name": card.accelerator_type.lower(),
         "accelerator_type": card.accelerator_type,

@@ -78,7 +78,16 @@ def run_plan(options: PlanOptions) -> None:
         weights = weights or REPOSITORIES.get((options.model.lower(), layout.name))
         if weights is None:
             raise ConfigError(f"no {layout.name} weights of {options.model} are published; name yours with --weights")
-        sys.stdout.write(emit(options.emit, found[0], model=weights, engine=engine, command=_command(options)))
+        sys.stdout.write(
+            emit(
+                options.emit,
+                found[0],
+                model=weights,
+                engine=engine,
+                command=_command(options),
+                vocabulary=layout.vocabulary.name,
+            )
+        )
         return
     rows = {card.name: fits(model, layout, demand, card=card, engine=engine) for card in cards}
     grid = _grid(options, model, engine, cards) if options.table or options.plot else []

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels.cpu.layout import HALF_PANEL, TILE
+from kernels.cpu.memory import bytes_for
 from kernels.cpu.threads import Stage, run
 
 COMPILED_TOKENS = 16
@@ -50,10 +51,10 @@ def halve(weight: Tensor) -> HalfPrepared | None:
     """[N, K] in 16 bits, or None if that would lose something, or the kernel can't take it."""
     if weight.dim() != 2 or weight.dtype != torch.float32 or weight.shape[1] % HALF_PANEL:
         return None
-    half = weight.bfloat16()
+    half = bytes_for(weight.shape[0], 2 * weight.shape[1]).view(torch.bfloat16).copy_(weight)
     parts = [slice(first, first + 1024) for first in range(0, len(weight), 1024)]
     same = all(torch.equal(half[part].float(), weight[part]) for part in parts)
-    return HalfPrepared(half.contiguous()) if same else None
+    return HalfPrepared(half) if same else None
 
 
 def multiply(x: Tensor, weight: HalfPrepared) -> Tensor:

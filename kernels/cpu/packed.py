@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels.cpu.layout import CCQ, CHUNK, CODE_BYTES, INT4, INT8, LINE, LINE_AT, OFFSETS, TABLE_BYTES
+from kernels.cpu.memory import bytes_for
 from kernels.operands import CcqWeight, Int4Weight, Int8Weight
 
 
@@ -83,7 +84,7 @@ def pack(weight: CcqWeight | Int4Weight | Int8Weight) -> PackedPrepared:
     kind, source = (INT8, weight.values) if isinstance(weight, Int8Weight) else (INT4, weight.packed)
     stack = source if source.dim() == 3 else source.unsqueeze(0)  # [E, N, K or K/2]
     k = stack.shape[2] * (2 if kind == INT4 else 1)
-    codes = torch.empty(*stack.shape[:2], -(-k // CHUNK) * CODE_BYTES[kind], dtype=torch.uint8)
+    codes = bytes_for(*stack.shape[:2], -(-k // CHUNK) * CODE_BYTES[kind])
     for e, part in enumerate(stack):
         codes[e] = _int4_chunks(part) if kind == INT4 else _int8_chunks(part)
     return PackedPrepared(
@@ -103,8 +104,8 @@ def _pack_ccq(weight: CcqWeight) -> PackedPrepared:
     codes, group_scales = (t if t.dim() == 3 else t.unsqueeze(0) for t in (weight.codes, weight.group_scales))
     experts, words, n = codes.shape
     chunks = -(-words // CODE_BYTES[CCQ])
-    out = torch.zeros(experts, n, chunks * CODE_BYTES[CCQ], dtype=torch.uint8)
-    scales = torch.zeros(experts, n, chunks * 2, dtype=torch.uint8)
+    out = bytes_for(experts, n, chunks * CODE_BYTES[CCQ])
+    scales = bytes_for(experts, n, chunks * 2)
     for e in range(experts):
         out[e, :, :words] = codes[e].t()
         scales[e, :, : group_scales.shape[1]] = group_scales[e].t()

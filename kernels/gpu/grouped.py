@@ -216,7 +216,7 @@ _ALIGNED = (*(name for name in _SIGNATURE if name.endswith("_ptr")), "N")
 
 
 def variants() -> list[Variant]:
-    """Every layout, as ERNIE-4.5's experts call it for up to two and up to four tokens; grouped integers for more."""
+    """Every layout, as ERNIE-4.5's experts call it for up to two and up to four tokens; some for more."""
     few = [
         _variant(name, layout, shape, words=words, planes=planes, width=width, elements=elements, group=group)
         for shape in FEW
@@ -230,9 +230,15 @@ def variants() -> list[Variant]:
             ("int4_128", "grouped", 0, 0, 4, 32, 128),
         )
     ]
-    many = (
-        _variant("int4_128", "grouped", shape, width=4, elements=32, group=128) for shape in (SHAPES[0], SHAPES[-1])
-    )
+    many = [
+        _variant(name, layout, shape, planes=planes, width=width, elements=32, group=group)
+        for name, layout, planes, width, group, shape in (
+            ("planes2", "planes", 2, 1, 256, SHAPES[0]),
+            ("planes4", "planes", 4, 1, 256, SHAPES[0]),
+            ("int4_128", "grouped", 0, 4, 128, SHAPES[0]),
+            ("int4_128", "grouped", 0, 4, 128, SHAPES[-1]),
+        )
+    ]
     return [*few, *many]
 
 

@@ -57,13 +57,19 @@ def planes(
     for tile in tl.range(first, last, num_stages=STAGES):
         factors = scales_at + (tile // GROUP_TILES * GROUPS + group)[None, :] * ((PLANES + 1) * N)
         total += tl.load(factors + PLANES * N).to(tl.float32) * (tl.load(sums_at) * unit)[None, :]
+        bits = ()
+        sums = ()
         for plane in tl.static_range(PLANES):
-            bits = decode.fields(tl.load(codes_at + plane * N * Q), 1, dtype, ASM)
-            acc = tl.zeros((BN, BT), dtype=tl.float32)
-            for field in tl.static_range(16):
-                x = tl.load(x_at + field * Q, mask=here, other=0.0)
-                acc = tl.dot(bits[field], x, acc, input_precision="ieee")
-            total += tl.load(factors + plane * N).to(tl.float32) * acc
+            bits += (decode.fields(tl.load(codes_at + plane * N * Q), 1, dtype, ASM),)
+            sums += (tl.zeros((BN, BT), dtype=tl.float32),)
+        for field in tl.static_range(16):
+            x = tl.load(x_at + field * Q, mask=here, other=0.0)  # for all planes at once: sixteen of them are too many
+            more = ()
+            for plane in tl.static_range(PLANES):
+                more += (tl.dot(bits[plane][field], x, sums[plane], input_precision="ieee"),)
+            sums = more
+        for plane in tl.static_range(PLANES):
+            total += tl.load(factors + plane * N).to(tl.float32) * sums[plane]
         codes_at += PLANES * N * Q
         x_at += 16 * Q
         sums_at += GROUPS

@@ -18,6 +18,9 @@ COLUMNS = 8
 MOST_COLUMNS = 128
 """Of `kernels.gpu.grouped`: sums of more would not fit the registers."""
 
+PLANE_COLUMNS = 16
+"""Of bit planes there."""
+
 
 @dataclass(frozen=True, slots=True)
 class Shape:
@@ -56,7 +59,12 @@ def features_for(layout: Layout, shape: Shape) -> int:
 
 
 def takes_groups(weight: Packed, shape: Shape) -> bool:
-    """Whether `kernels.gpu.grouped` multiplies: grouped integers always, the others where rows are few."""
+    """Whether `kernels.gpu.grouped` multiplies: grouped integers always, the others where rows are few.
+
+    Bit planes cost so much more to scale one by one that more columns of the product are worth it.
+    """
+    if weight.layout == "planes" and shape.rows * weight.groups <= PLANE_COLUMNS:
+        return True
     return weight.layout == "grouped" or (weight.layout in GROUPED_LAYOUTS and shape in FEW)
 
 

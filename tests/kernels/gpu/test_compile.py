@@ -20,7 +20,7 @@ OPS_PER_BYTE: dict[str, dict[int, float]] = {
     "grouped_ccq_pair_experts_2": {80: 5.6, 90: 5.6},
     "grouped_ccq_wide_experts_2": {80: 7.1, 90: 7.1},
     "grouped_ccq_mixed_experts_2": {80: 9.2, 90: 9.2},
-    "grouped_planes2_experts_2": {80: 7.6, 90: 7.6},
+    "grouped_planes2_experts_2": {80: 7.7, 90: 7.7},
     "grouped_int4_128_experts_2": {80: 3.8, 90: 3.8},
     "multiply_ccq_pair_experts_8": {80: 7.8, 90: 7.8},
     "multiply_ccq_wide_experts_64": {80: 15.8, 90: 14.7},
