@@ -32,7 +32,8 @@ class Slabs:
         """Uint8 [size] of zeros, at a multiple of 64."""
         with self._lock:
             if self._used + size > self._slab.numel():
-                self._slab, self._used = _slab(max(SLAB, -(-size // PAGE) * PAGE)), 0
+                with torch.inference_mode(False):  # the next taker may be outside it, where such tensors can't change
+                    self._slab, self._used = _slab(max(SLAB, -(-size // PAGE) * PAGE)), 0
             first = self._used
             self._used = -(-(first + size) // LINE) * LINE
             return self._slab[first : first + size]

@@ -26,7 +26,6 @@ CONFIG = {
     "architectures": ["Ernie4_5_MoeForCausalLM"],
     "vocab_size": 8192,
     "hidden_size": 64,
-    "num_hidden_layers": 3,
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
     "intermediate_size": 128,
@@ -67,20 +66,23 @@ def dibit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_model(tmp_path_factory.mktemp("model") / "bf16", layers=3)
+
+
+def random_model(folder: Path, *, layers: int) -> Path:
     """Random weights under the small model's tokenizer."""
-    folder = tmp_path_factory.mktemp("model") / "bf16"
     folder.mkdir()
     for file in TINY.iterdir():
         if file.name not in ("config.json", "model.safetensors"):
             shutil.copyfile(file, folder / file.name)
-    (folder / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": layers}))
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
         return (torch.randn(shape, generator=generator) * 0.05).bfloat16()
 
     tensors = {"model.embed_tokens.weight": random(8192, 64), "model.norm.weight": random(64) + 1}
-    for layer in range(3):
+    for layer in range(layers):
         prefix = f"model.layers.{layer}"
         for norm in ("input_layernorm", "post_attention_layernorm"):
             tensors[f"{prefix}.{norm}.weight"] = random(64) + 1
@@ -169,7 +171,8 @@ def test_what_is_wrong_is_said(dibit: Dibit, model: Path, text: Path, tmp_path: 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["short.txt", "text.jsonl"]
 
 
-def test_ctrl_c_keeps_what_is_done(dibit: Dibit, model: Path, text: Path, tmp_path: Path) -> None:
+def test_ctrl_c_keeps_what_is_done(dibit: Dibit, text: Path, tmp_path: Path) -> None:
+    model = random_model(tmp_path / "bf16", layers=16)  # so many that the last is not done before the signal comes
     out = tmp_path / "out"
     options = [model, "--out", out, "--calibration", text, "--sequence-length", 16, "--batch-tokens", 16]
     command = [sys.executable, "-m", "deployments.cli", "quantize", *map(str, options), "--num-threads", "1"]
@@ -186,4 +189,4 @@ def test_ctrl_c_keeps_what_is_done(dibit: Dibit, model: Path, text: Path, tmp_pa
     assert "--resume goes on" in shown
     fails(dibit(*options), "unfinished run", "--resume", "--overwrite")
     assert dibit(*options, "--resume").returncode == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "text.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bf16", "out", "text.jsonl"]

@@ -12,8 +12,8 @@ def test_nothing_a_client_sends_is_a_5xx() -> None:
     with synthetic() as fuzzer:
         fuzzer.hypothesis(300, start=0)
         fuzzer.schemathesis(40, start=0)
-        assert fuzzer.statuses[200] > 30, "the requests are all too broken to reach anything"
-        assert fuzzer.statuses[400] > 30
+        assert fuzzer.statuses[200] >= 10, "the requests are all too broken to reach anything"
+        assert fuzzer.statuses[400] >= 30
 
 
 def test_nor_with_a_model_behind_it() -> None:

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels import cpu, ops, reference
-from kernels.cpu import storage, threads
+from kernels.cpu import memory, storage, threads
 from kernels.cpu.dense import HalfPrepared
 from kernels.cpu.layout import LINE, TABLE_BYTES
 from kernels.cpu.packed import PackedPrepared, codebook, pack
@@ -201,6 +201,12 @@ def test_fused_moe(kind, tokens, num_experts, packed, seed, data):
     assert (alone - actual[:1]).float().norm() <= close * expected[:1].norm()
 
 
+def test_room_taken_in_inference_mode_serves_outside_it():
+    with torch.inference_mode():
+        memory.bytes_for(memory.SLAB - memory.PAGE)  # of a new slab, which has room for more
+    pack(int8(rng(0), 64, 1))
+
+
 def test_several_threads_compute_the_same():
     weight = pack(ccq(rng(0), 1024, 3000, shared=True))
     assert weight.num_bytes > 3 * threads.LEAST_BYTES
@@ -331,7 +337,7 @@ def test_nothing_is_written_to_what_is_prepared():
 
 OTHER_MACHINE = """
 import pytest, sys
-from kernels.cpu import storage, threads
+from kernels.cpu import memory, storage, threads
 assert not threads.has_vnni()
 sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", sys.argv[1], *sys.argv[2:]]))
 """
