@@ -42,9 +42,14 @@ def application(config: AppConfig, *, replica: type[EngineReplica] = EngineRepli
             "label_selector": config.ingress.labels,
             "runtime_env": {"env_vars": IN_ONE_LOOP},
         },
-        # A client that streams a long answer must see its end, however long the engines take to drain.
-        graceful_shutdown_timeout_s=config.health.drain_timeout_s,
+        # An update replaces the engines too: what one of them doesn't finish while it drains is held until there is
+        # another, and must not die with its ingress meanwhile. The end of the last request ends the wait.
+        graceful_shutdown_timeout_s=config.health.drain_timeout_s + config.failover.hold_s,
         graceful_shutdown_wait_loop_s=0.5,
+        health_check_period_s=config.health.check_period_s,
+        health_check_timeout_s=config.health.check_timeout_s,
+        # An update stops no ingress before its successor is up: it costs next to nothing to have both.
+        max_surge_percent=100,
         logging_config={"enable_access_log": False},  # deployments.access has one, which knows keys and tokens
         **scaling(config.ingress.replicas, target_ongoing_requests=TARGET_REQUESTS),
     )

@@ -14,13 +14,17 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from deployments.config import FailoverConfig
-from deployments.connection import EngineConnection, Lease
+from deployments.connection import EngineConnection
 from deployments.continuation import Continuation, Suspicion
 from deployments.directory import EngineAddress, ModelInfo, ReplicaDirectory
+from deployments.lease import hold_lease
 from deployments.observer import Observer
+from deployments.refusals import Refusals
 from deployments.routing import Choice, Rates, Router, RoutingOptions
 from deployments.token_stream import Inbox, Item
 from deployments.waiting_room import WaitingRoom
@@ -32,7 +36,7 @@ __all__ = ["ClientOptions", "EngineClient", "EngineState", "ModelInfo", "PoolSta
 logger = logging.getLogger("ray.serve")
 
 RECONNECT_S = 1.0
-"""Pause before a replica that Serve still lists is tried again."""
+"""Pause before a replica that Serve still lists is tried again, and between calls for an engine."""
 
 NEXT_POOL_AFTER_S = 30.0
 """Time that a pool which is scaled to zero has to start an engine, until the next such pool is asked as well."""
@@ -96,6 +100,7 @@ class EngineClient:
         self._ingress_id = uuid.uuid4().hex
         self._router = Router(options.routing, seed=random.getrandbits(32))
         self._room = WaitingRoom(options.failover)
+        self._refusals = Refusals(lambda: [s.address for s in self.engines() if s.ready], self._tell_of_refused)
         self._max_model_lens = {pool.name: pool.max_model_len for pool in options.pools}
         self._connections: dict[str, EngineConnection] = {}  # by replica id
         self._routed: set[str] = set()  # replica ids that the router knows
@@ -205,6 +210,7 @@ class EngineClient:
     async def close(self) -> None:
         """Abort what is under way and close the streams; called when the ingress replica shuts down."""
         self._closed = True
+        self._refusals.close()
         self._directories.clear()
         tasks = [*self._subscriptions, *self._tasks.values()]
         for task in tasks:
@@ -215,23 +221,27 @@ class EngineClient:
         """Choose an engine for a request and reserve its place there, waiting for one to come up if there is none."""
         since = time.monotonic()
         waited = False
-        calls: list[Lease] = []
+        calls: dict[str, asyncio.Task[None]] = {}  # by pool
         try:
             while True:
                 choice = self._choose(run, lost, admitted=run.begun or waited)
                 if choice is not None:
                     return choice, self._connections[choice.replica_id]
-                self._call_for_engine(run, calls, waited_s=time.monotonic() - since)
+                for pool in self._pools_to_call(run, waited_s=time.monotonic() - since):
+                    if pool not in calls:
+                        calling = self._call_for_engine(pool, run.request.request_id)
+                        calls[pool] = asyncio.create_task(calling, context=contextvars.Context())  # see open_lease
                 with suppress(TimeoutError):
                     async with asyncio.timeout(NEXT_POOL_AFTER_S):
                         await self._room.wait(since=since, admitted=run.begun or waited)
                 waited = True
         except OverloadedError:
             self._observer.refused("overloaded")
+            self._refusals.add(len(run.request.prompt_token_ids))
             raise
         finally:
-            for call in calls:
-                call.cancel()  # type: ignore[no-untyped-call]  # Ray's
+            for call in calls.values():
+                call.cancel()
 
     def _submit(self, run: Continuation, choice: Choice, connection: EngineConnection) -> tuple[Inbox, EngineRequest]:
         """Send a request, or what is left of it, to the engine chosen."""
@@ -281,14 +291,28 @@ class EngineClient:
             if pool.name not in present and tokens <= self._max_model_lens[pool.name]
         ]
 
-    def _call_for_engine(self, run: Continuation, calls: list[Lease], *, waited_s: float) -> None:
-        """Let Serve know of a request that waits: a call to a pool without replicas is what makes it start one."""
-        pools = [pool for pool in self._absent_pools(run) if pool.on_demand]
-        wanted = min(len(pools), 1 + int(waited_s // NEXT_POOL_AFTER_S))
-        for pool in pools[len(calls) : wanted]:
-            lease = self._handles[pool.name].options(method_name="lease")
-            call = partial(lease.remote, run.request.request_id, ingress_id=self._ingress_id, replica_id="")
-            calls.append(contextvars.Context().run(call))  # see EngineConnection._schedule_flush
+    def _pools_to_call(self, run: Continuation, *, waited_s: float) -> list[str]:
+        """Pools that should start an engine for a request which has waited so long: one, and more as time goes by."""
+        pools = [pool.name for pool in self._absent_pools(run) if pool.on_demand]
+        return pools[: 1 + int(waited_s // NEXT_POOL_AFTER_S)]
+
+    async def _call_for_engine(self, pool: str, request_id: str) -> None:
+        """Let Serve know of a request that waits: a call to a pool without replicas is what makes it start one.
+
+        The call ends when the pool has a replica. That one may be gone before it is of any use, and nothing would start
+        another, so this lasts until the request has found a place and cancels it.
+        """
+        leases = self._handles[pool].options(method_name="lease")
+        while True:
+            if not self._listed[pool]:
+                await hold_lease(leases, request_id, ingress_id=self._ingress_id, replica_id="")
+            await asyncio.sleep(RECONNECT_S)
+
+    async def _tell_of_refused(self, engine: EngineAddress, prompt_tokens: int) -> None:
+        """Let a replica count what was turned away, for the autoscaling of its pool."""
+        handle = self._handles[engine.pool].options(method_name="turned_away")
+        with suppress(RayError, RayServeException):
+            await handle.remote(prompt_tokens, replica_id=engine.replica_id)
 
     def _first_token(self, run: Continuation, choice: Choice, connection: EngineConnection, delta: TokenDelta) -> None:
         now = time.monotonic()

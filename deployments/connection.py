@@ -11,9 +11,10 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
-from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentResponseGenerator
+from ray.serve.handle import DeploymentHandle
 
 from deployments.directory import EngineAddress
+from deployments.lease import open_lease
 from deployments.token_stream import Demultiplexer, Inbox, Item
 from engine.errors import EngineDeadError
 from engine.messages import EngineLoad, EngineRequest
@@ -38,8 +39,8 @@ UNREACHABLE_S = 15.0
 
 LOOK_TWICE_S = 0.5
 
-Lease = DeploymentResponse[Any] | DeploymentResponseGenerator[Any]
-"""A call of ``EngineReplica.lease`` under way."""
+Lease = asyncio.Task[None] | asyncio.TimerHandle
+"""A lease, or the timer that will open it."""
 
 
 class EngineConnection:
@@ -86,8 +87,8 @@ class EngineConnection:
         self._failure: EngineDeadError | None = None
         self._failed = asyncio.Event()
         self._requests = Demultiplexer(self._note)
-        self._lease: Lease | asyncio.TimerHandle | None = None
-        self._leases: dict[str, Lease | asyncio.TimerHandle] = {}  # by request id
+        self._lease: Lease | None = None
+        self._leases: dict[str, Lease] = {}  # by request id
         self._to_submit: list[EngineRequest] = []
         self._to_abort: list[str] = []
         self._flushing = False
@@ -238,7 +239,7 @@ class EngineConnection:
         self._leases[request_id] = self._request_lease(request_id)
 
     def _request_lease(self, name: str) -> Lease:
-        return self._lease_handle.remote(name, ingress_id=self._ingress_id, replica_id=self.address.replica_id)
+        return open_lease(self._lease_handle, name, ingress_id=self._ingress_id, replica_id=self.address.replica_id)
 
     def _call(self, reply: Any) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(self._expect(reply))

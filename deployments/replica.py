@@ -71,6 +71,7 @@ class EngineReplica:
             stalled_after_s=stalled_after_s,
             start_seconds=time.monotonic() - started,
         )
+        self._speed.stats(await self._group.load(), now=time.monotonic())  # so that the next can tell rates
         self._tasks = [
             asyncio.create_task(self._share_fate()),
             asyncio.create_task(self._watch_progress()),
@@ -83,6 +84,10 @@ class EngineReplica:
             return False
         await self._listeners.setdefault(ingress_id, asyncio.Event()).wait()
         return True
+
+    async def turned_away(self, prompt_tokens: int, *, replica_id: str) -> None:
+        """An ingress tells of requests that no engine took; ``replica_id`` is for ``LeaseRouter``, any will do."""
+        self._speed.turned_away(prompt_tokens)
 
     async def record_replica_metadata(self) -> dict[str, Any]:
         """Read by Serve once the replica is up, and pushed to every handle's request router."""

@@ -27,6 +27,7 @@ DASHBOARD = CHART.parents[1] / "deployments" / "observability" / "grafana" / "di
 """A chart can only hold files of its own folder, so it has a copy."""
 
 CHOICES: dict[str, list[str]] = {
+    "autoscaling.together": ["auto", "always", "never"],
     "image.pullPolicy": ["Always", "IfNotPresent", "Never"],
     "model.cache.type": ["pvc", "hostPath", "image", "emptyDir"],
     "ray.autoscaler.upscalingMode": ["Default", "Conservative", "Aggressive"],

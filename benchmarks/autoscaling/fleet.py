@@ -16,6 +16,7 @@ from typing import Protocol
 from benchmarks.routing.engine import Running
 from benchmarks.routing.hardware import Timing
 from benchmarks.routing.simulator import Ingress, Outcome, Simulation, _Place, _Tag
+from benchmarks.routing.traces import Request
 from deployments.autoscaling import PoolOptions, PoolState, ReplicaStats
 from deployments.routing import Replica
 from deployments.speed import Speed
@@ -99,6 +100,8 @@ class Cluster(Simulation):
         self._next_sample_s = metrics_interval_s
         self._draining: dict[str, str] = {}  # pool by replica id
         self._dead: set[int] = set()  # ids of places
+        self._refused_tokens = 0
+        self._reports = 0
         for pool in self.pools.values():
             for _ in range(pool.plan.initial):
                 self._bring_up(pool)
@@ -125,6 +128,7 @@ class Cluster(Simulation):
         if not isinstance(tag, _Tag):
             raise TypeError(f"a request carries {tag!r}")
         tag.ingress.finished(tag.choice, tokens=0, now=self.now)
+        tag.outcome.request = _admitted(tag.outcome.request)
         self._route(tag.outcome, tag.ingress)
 
     def _submit(self, place: _Place, running: Running) -> None:
@@ -137,14 +141,18 @@ class Cluster(Simulation):
         super()._route(outcome, ingress)
         if outcome.choice is None and outcome.retry_after_s != outcome.retry_after_s:  # neither placed nor turned away
             self.held.setdefault(id(outcome), (outcome, self.now))
+            outcome.request = _admitted(outcome.request)
         else:
             self.held.pop(id(outcome), None)
+            if outcome.choice is None:
+                self._refused_tokens += outcome.request.prompt_tokens
 
     def _tick(self) -> None:
         for pool in self.pools.values():
             self._start(pool)
             draining = sum(name == pool.plan.options.pool for name in self._draining.values())
             pool.replica_s += TICK_S * (len(pool.up) + len(pool.starting) + draining)
+        self._report_refused()
         self._draining = {i: name for i, name in self._draining.items() if i in self.places}
         if self.now >= self._next_sample_s:
             self._next_sample_s += self._interval_s
@@ -157,6 +165,14 @@ class Cluster(Simulation):
             if not pool.up and view.state.held > 0:  # Serve's own rule
                 target = max(1, pool.target)
             self._aim(pool, target)
+
+    def _report_refused(self) -> None:
+        """To one replica after the other, as ``deployments.refusals`` does."""
+        replicas = [up for pool in self.pools.values() for up in pool.up.values()]
+        if self._refused_tokens and replicas:
+            self._reports += 1
+            replicas[self._reports % len(replicas)].speed.turned_away(self._refused_tokens)
+            self._refused_tokens = 0
 
     def _sample(self) -> None:
         for pool in self.pools.values():
@@ -219,5 +235,11 @@ class Cluster(Simulation):
     def _bring_up(self, pool: ScaledPool) -> None:
         pool.made += 1
         replica_id = f"{pool.plan.options.pool}-{pool.made}"
-        pool.up[replica_id] = _Up(Speed())
+        pool.up[replica_id] = up = _Up(Speed())
         self.add_replica(replace(pool.plan.replica, replica_id=replica_id), pool.plan.timing)
+        up.speed.stats(self.places[replica_id].engine.load(), now=self.now)
+
+
+def _admitted(request: Request) -> Request:
+    """The request as ``deployments.client`` routes one that was held or begun: it isn't turned away any more."""
+    return replace(request, job=replace(request.job, priority=-1))

@@ -8,7 +8,11 @@ from deployments.autoscaling.planning import plan
 from deployments.autoscaling.policies import ApplicationPolicy, PoolPolicy
 from deployments.autoscaling.state import Memory, PoolMemory, PoolOptions, PoolState, ReplicaStats
 
+APPLICATION_POLICY = "deployments.autoscaling:ApplicationPolicy"
+"""The ``policy_function`` of an application's ``autoscaling_policy``."""
+
 __all__ = [
+    "APPLICATION_POLICY",
     "ApplicationPolicy",
     "Memory",
     "PoolMemory",

@@ -78,16 +78,17 @@ def pool_overloaded(pool: PoolState, memory: PoolMemory) -> bool:
 
 
 def mean_speed(replicas: list[ReplicaStats]) -> Speed | None:
-    """The mean of those that know theirs."""
+    """The mean of those that know theirs, by how long they have had to learn: the first seconds tell little."""
     speeds = [stats.speed for stats in replicas if stats.speed is not None]
     if not speeds:
         return None
-    count = len(speeds)
+    seen_s = sum(s.seen_s for s in speeds)
     return Speed(
-        sum(s.step for s in speeds) / count,
-        sum(s.prefill for s in speeds) / count,
-        sum(s.decode for s in speeds) / count,
-        sum(s.context for s in speeds) / count,
+        sum(s.step * s.seen_s for s in speeds) / seen_s,
+        sum(s.prefill * s.seen_s for s in speeds) / seen_s,
+        sum(s.decode * s.seen_s for s in speeds) / seen_s,
+        sum(s.context * s.seen_s for s in speeds) / seen_s,
+        seen_s,
     )
 
 

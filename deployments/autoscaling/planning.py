@@ -52,7 +52,7 @@ def plan(pools: Sequence[PoolState], memory: Memory, *, now: float) -> tuple[dic
     """
     pools = sorted(pools, key=lambda pool: pool.options.cost)
     learned = {p.options.pool: _learn(p, memory.pools.get(p.options.pool, PoolMemory()), now) for p in pools}
-    load = sum((_load(pool) for pool in pools), Load())
+    load = sum((_load(pool) for pool in pools), Load()).demand
     loads = _remember_load(memory.loads, load, now, span_s=max(TREND_S, *map(_start_s, pools, learned.values()), 0.0))
     allocation = _Allocation(pools, learned, load, trend=_trend(pools, learned, loads), now=now)
     targets: dict[str, int] = {}
@@ -84,7 +84,8 @@ class _Allocation:
         share = trend
         if everywhere:
             present = sum(p.ready / self._whole[p.options.pool] for p in pools if self._whole[p.options.pool] > 0)
-            share = max(share, OVERLOAD_GROWTH * max(present, 1.0))
+            # Who was turned away is counted already, and would be counted twice.
+            share = max(share, OVERLOAD_GROWTH * (present if load.refused_tokens else max(present, 1.0)))
         self.up = self._give(share, lambda pool: self._counted_on(pool, now))
         self.down = self._give(trend / MARGIN, lambda pool: pool.ready)
         for pool in pools:
@@ -94,9 +95,10 @@ class _Allocation:
             if name in self.bound:
                 self.up[name] = max(self.up[name], math.ceil(OVERLOAD_GROWTH * pool.ready))
             elif learned[name].bound_until > now:
-                own = needed(_load(pool), bounds, learned[name]) or 0.0
+                own = needed(_load(pool).demand, bounds, learned[name]) or 0.0
                 self.down[name] = max(self.down[name], math.ceil(own / MARGIN))
-            self.up[name] = max(self.up[name], math.ceil(pool.held / bounds.max_num_seqs))
+            if pool.held > 0:
+                self.up[name] = max(self.up[name], math.ceil(pool.requests / bounds.max_num_seqs))
             if pool.requests > 0:  # engines may not have heard of them yet
                 self.down[name] = max(self.down[name], 1)
             self.up[name] = _within(pool, self.up[name])

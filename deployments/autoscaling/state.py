@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+MOST_DEMAND = 4.0
+"""Times what is served: a client that is turned away comes again, and each time counts."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,8 @@ class Speed:
     prefill: float
     decode: float
     context: float
+    seen_s: float = 1.0
+    """Of work, from which this was learned."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,9 @@ class Load:
     """Waiting and running."""
     kv_tokens: float = 0.0
     """Room that requests hold in the KV cache."""
+    begun_tokens: float = 0.0
+    """Of the prompts that were begun a second, cached ones included, and of those that were turned away: """
+    refused_tokens: float = 0.0
 
     def __add__(self, other: Load) -> Load:
         return Load(
@@ -68,6 +76,24 @@ class Load:
             self.context_tokens + other.context_tokens,
             self.requests + other.requests,
             self.kv_tokens + other.kv_tokens,
+            self.begun_tokens + other.begun_tokens,
+            self.refused_tokens + other.refused_tokens,
+        )
+
+    @property
+    def demand(self) -> Load:
+        """The load there would be if nobody had been turned away, taking those who were to be like the others."""
+        if not self.refused_tokens:
+            return self
+        # Requests are begun wherever others are turned away; where none was, that will show at the next look.
+        times = min(1.0 + self.refused_tokens / self.begun_tokens, MOST_DEMAND) if self.begun_tokens else MOST_DEMAND
+        return replace(
+            self,
+            prefill_tokens=self.prefill_tokens * times,
+            decode_tokens=self.decode_tokens * times,
+            context_tokens=self.context_tokens * times,
+            requests=self.requests * times,
+            kv_tokens=self.kv_tokens * times,
         )
 
     @property
@@ -91,16 +117,29 @@ class ReplicaStats:
     context_tokens_per_s: float
     speed: Speed | None
     """None as long as it has computed nothing."""
+    begun_tokens_per_s: float = 0.0
+    """Here and below: of prompts, cached tokens included. Begun here,"""
+    refused_tokens_per_s: float = 0.0
+    """and turned away by an ingress that told this replica, as it might have told any other."""
 
     @classmethod
     def of(cls, samples: Sequence[Mapping[str, float]]) -> ReplicaStats:
         """From what ``Speed.stats`` returned at some times, the last being now: rates are means over all of them."""
         last = samples[-1]
+        total_s = sum(sample.get("interval_s", 0.0) for sample in samples)
+
+        def mean(name: str) -> float:
+            if not total_s:
+                return 0.0
+            return sum(sample.get(name, 0.0) * sample.get("interval_s", 0.0) for sample in samples) / total_s
 
         def rate(name: str) -> float:
-            return sum(sample.get(name, 0.0) * sample.get("busy", 0.0) for sample in samples) / len(samples)
+            if not total_s:
+                return 0.0
+            busy = (sample.get("busy", 0.0) * sample.get("interval_s", 0.0) for sample in samples)
+            return sum(sample.get(name, 0.0) * busy_s for sample, busy_s in zip(samples, busy, strict=True)) / total_s
 
-        learned = last.get("learned_s", 0.0) > 0.0
+        learned_s = last.get("learned_s", 0.0)
         return cls(
             waiting_requests=last.get("waiting_requests", 0.0),
             running_requests=last.get("running_requests", 0.0),
@@ -110,7 +149,11 @@ class ReplicaStats:
             prefill_tokens_per_s=rate("prefill_tokens_per_s"),
             decode_tokens_per_s=rate("decode_tokens_per_s"),
             context_tokens_per_s=rate("context_tokens_per_s"),
-            speed=Speed(last["step_s"], last["prefill_s"], last["decode_s"], last["context_s"]) if learned else None,
+            speed=Speed(last["step_s"], last["prefill_s"], last["decode_s"], last["context_s"], learned_s)
+            if learned_s > 0.0
+            else None,
+            begun_tokens_per_s=mean("begun_tokens_per_s"),
+            refused_tokens_per_s=mean("refused_tokens_per_s"),
         )
 
     def load(self, block_size: int) -> Load:
@@ -121,6 +164,8 @@ class ReplicaStats:
             self.context_tokens_per_s,
             self.waiting_requests + self.running_requests,
             (self.total_blocks - self.free_blocks) * block_size,
+            self.begun_tokens_per_s,
+            self.refused_tokens_per_s,
         )
 
 
@@ -138,8 +183,8 @@ class PoolState:
 
     @property
     def held(self) -> float:
-        """Requests that wait for a first replica."""
-        return 0.0 if self.replicas else self.requests
+        """Requests beyond what the replicas that are up run at once; all of them while none is."""
+        return max(self.requests - self.ready * self.options.max_num_seqs, 0.0)
 
     @property
     def ready(self) -> int:

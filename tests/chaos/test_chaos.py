@@ -1,4 +1,4 @@
-"""Engines lost at random while clients stream, as ``benchmarks/chaos.py`` does it for longer."""
+"""Engines and ingresses lost at random while clients stream, as ``benchmarks/chaos.py`` does it for longer."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks.chaos import split_failures
+from benchmarks.steady_load import Failure
+
 ROOT = Path(__file__).resolve().parents[2]
-KILLS = 7
+KILLS, INGRESS_KILLS, CLIENTS = 5, 2, 4
 
 
-def test_no_client_notices_that_engines_are_killed(tmp_path: Path) -> None:
+def test_no_client_notices_deaths_but_that_of_its_own_ingress(tmp_path: Path) -> None:
     # In a process of its own: it has a Ray cluster of its own, and there may be another one in this process.
     out = tmp_path / "chaos.json"
     command = [
@@ -19,8 +22,9 @@ def test_no_client_notices_that_engines_are_killed(tmp_path: Path) -> None:
         "-m",
         "benchmarks.chaos",
         f"--kills={KILLS}",
+        f"--ingress-kills={INGRESS_KILLS}",
         "--seconds=30",
-        "--clients=4",
+        f"--clients={CLIENTS}",
         f"--out={out}",
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600)
@@ -29,6 +33,24 @@ def test_no_client_notices_that_engines_are_killed(tmp_path: Path) -> None:
     assert result["failures"] == []
     assert result["leftovers"] == []
     assert result["recovered"]
-    assert sum(result["kills"].values()) == KILLS
-    assert result["kills"]["node"] == 1
+    assert sum(result["kills"].values()) == KILLS + INGRESS_KILLS
+    assert (result["kills"]["node"], result["kills"]["ingress"]) == (1, INGRESS_KILLS)
+    assert result["closed_with_their_ingress"] <= INGRESS_KILLS * CLIENTS
     assert result["served"] > 20
+
+
+def test_only_what_an_ingress_was_at_is_excused_by_its_death() -> None:
+    def failure(request_id: str, began: float, ended: float) -> Failure:
+        return Failure(request_id, began, ended, "")
+
+    excused = failure("with it", 9.0, 10.1)
+    others = [
+        failure("told of by another", 9.0, 10.1),
+        failure("over before", 8.0, 9.9),
+        failure("begun after", 10.1, 10.2),
+        failure("much later", 9.0, 60.0),
+    ]
+    closed, failed = split_failures(
+        [excused, *others], ingress_deaths=[10.0], ended_by_an_ingress={"told of by another", "another"}
+    )
+    assert (closed, failed) == ([excused], others)

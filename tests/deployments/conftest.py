@@ -38,16 +38,22 @@ class Processes:
 
 
 @pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[None]:
-    """A Ray cluster of this test run alone: own folder, random ports, more CPUs than there are, so that all fits."""
+def ray_cluster() -> Iterator[str]:
+    """A Ray cluster of this test run alone: own folder, random ports, more CPUs than there are, so that all fits.
+
+    Gives the URL where Serve listens, for applications that have a ``route_prefix``.
+    """
     import ray
     from ray import serve
 
+    from benchmarks.serve_process import free_port
+
     with tempfile.TemporaryDirectory(prefix="dibit-", ignore_cleanup_errors=True) as folder:
         _start_ray(folder)
-        serve.start(proxy_location="Disabled")
+        port = free_port()
+        serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
         try:
-            yield
+            yield f"http://127.0.0.1:{port}"
         finally:
             serve.shutdown()
             ray.shutdown()
@@ -79,7 +85,7 @@ def _start_ray(folder: str) -> None:
 
 
 @pytest.fixture(scope="session")
-def application(ray_cluster: None) -> Callable[..., Any]:
+def application(ray_cluster: str) -> Callable[..., Any]:
     """Context manager: an application of CPU pools under a Probe; gives the Probe's handle."""
     from ray import serve
 

@@ -26,6 +26,16 @@ def test_rates_are_of_the_time_between_two_calls() -> None:
     assert all(isinstance(value, int | float) for value in second.values())  # Serve takes nothing else
 
 
+def test_what_was_turned_away_is_told_once_and_not_before_it_is_a_rate() -> None:
+    speed = Speed()
+    speed.turned_away(100)
+    assert speed.stats(LOAD, now=0.0)["refused_tokens_per_s"] == 0
+    speed.turned_away(60)
+    second = speed.stats(replace(LOAD, queried_tokens=800, prefill_tokens=1100), now=8.0)
+    assert (second["refused_tokens_per_s"], second["begun_tokens_per_s"]) == (20, 100)
+    assert speed.stats(LOAD, now=9.0)["refused_tokens_per_s"] == 0
+
+
 def test_bounds_and_policy_reach_serve() -> None:
     assert scaling(ReplicaRange(min=2, max=2), target_ongoing_requests=8) == {"num_replicas": 2}
     options = AutoscalingOptions(downscale_to_zero_delay_s=7, policy="os.path:join", policy_kwargs={"a": 1})

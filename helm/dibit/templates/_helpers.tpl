@@ -107,6 +107,21 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- toYaml (mergeOverwrite $args (deepCopy .Values.config)) }}
 {{- end }}
 
+{{/* "true" if all pools are planned together. */}}
+{{- define "dibit.together" -}}
+{{- $scaled := 0 -}}
+{{- range .Values.pools -}}
+{{- $bounds := dig "replicas" 1 . -}}
+{{- if kindIs "map" $bounds -}}
+{{- if lt (int (dig "min" 1 $bounds)) (int $bounds.max) -}}
+{{- $scaled = add $scaled 1 -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- $together := .Values.autoscaling.together -}}
+{{- or (eq $together "always") (and (eq $together "auto") (gt (int $scaled) 1)) | ternary "true" "" }}
+{{- end }}
+
 {{- define "dibit.serveConfig" -}}
 proxy_location: EveryNode
 http_options:
@@ -116,6 +131,9 @@ applications:
   - name: dibit
     route_prefix: /
     import_path: deployments.app:build
+    {{- if include "dibit.together" . }}
+    autoscaling_policy: {policy_function: "deployments.autoscaling:ApplicationPolicy"}
+    {{- end }}
     args:
       {{- include "dibit.args" . | nindent 6 }}
 {{- end }}

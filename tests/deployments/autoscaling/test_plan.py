@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from pools import Pool, options, run, stats
 
 from deployments.autoscaling import Memory, PoolState, plan
+from deployments.autoscaling.model import mean_speed
+from deployments.autoscaling.state import MOST_DEMAND, Speed
 
 
 def targets_of(pool: Pool) -> list[int]:
@@ -69,6 +71,38 @@ def test_a_queue_grows_the_pool_though_what_is_served_needs_no_more() -> None:
         targets, memory = plan([pool], memory, now=float(now))
         target = targets["one"]
     assert target == 4
+
+
+def test_what_is_turned_away_counts_as_if_it_had_been_served() -> None:
+    """Half a replica's worth is served, and three times as much refused: that makes two replicas' worth."""
+    refusing = replace(stats(0.5), begun_tokens_per_s=100.0, refused_tokens_per_s=300.0)
+    memory = Memory()
+    for now in range(60):
+        targets, memory = plan([PoolState(options(), 1, {"a": refusing})], memory, now=float(now))
+    assert targets == {"one": 2}
+
+
+@given(refused=st.floats(0, 1e6), begun=st.floats(0, 1e4))
+def test_clients_that_come_again_and_again_do_not_count_without_end(refused: float, begun: float) -> None:
+    load = replace(stats(0.5), begun_tokens_per_s=begun, refused_tokens_per_s=refused).load(16)
+    assert load.prefill_tokens <= load.demand.prefill_tokens <= MOST_DEMAND * load.prefill_tokens
+
+
+def test_more_requests_than_seats_are_answered_at_once() -> None:
+    """As after a start from zero, when all that were held come to the first replica."""
+    memory = Memory()
+    for now in range(2):
+        pool = PoolState(options(), 1, {"a": None}, requests=250)
+        targets, memory = plan([pool], memory, now=float(now))
+    assert targets == {"one": 3}
+
+
+def test_a_new_replica_that_knows_little_of_its_speed_changes_little() -> None:
+    known = stats(0.5, speed=Speed(0.01, 1e-3, 1e-3, 0.0, seen_s=100.0))
+    new = stats(0.5, speed=Speed(0.05, 0.0, 0.0, 0.0, seen_s=1.0))
+    mean = mean_speed([known, new])
+    assert mean is not None
+    assert mean.step == pytest.approx(0.01, rel=0.05)
 
 
 def test_a_full_cache_grows_the_pool() -> None:

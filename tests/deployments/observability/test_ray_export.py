@@ -29,7 +29,7 @@ def scrape(url: str, name: str) -> dict[str, float]:
         time.sleep(0.2)  # nothing tells of a collection
 
 
-def test_ray_shows_the_same_numbers(ray_cluster: None) -> None:
+def test_ray_shows_the_same_numbers(ray_cluster: str) -> None:
     class Process:
         """An ingress process, as far as its metrics go; in here, so that Ray carries it there by value."""
 
