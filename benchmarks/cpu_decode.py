@@ -183,7 +183,14 @@ PROMPT, ANSWER = 128, 32
 
 def measure_model(folder: Path, config: ModelConfig, threads: list[int], options: argparse.Namespace) -> dict[str, Any]:
     """Prefill, then decode after it, for each number of threads in turn, and the peer after each."""
-    engine = EngineConfig(model=str(folder), device="cpu", max_model_len=1024, max_num_seqs=1, num_threads=1)
+    engine = EngineConfig(
+        model=str(folder),
+        device="cpu",
+        max_model_len=1024,
+        max_num_seqs=1,
+        num_threads=1,
+        quantize_embeddings=options.embeddings,
+    )
     began = time.perf_counter()
     executor = Executor.start_local(engine, config)
     loading = time.perf_counter() - began
@@ -212,6 +219,8 @@ def measure_model(folder: Path, config: ModelConfig, threads: list[int], options
         "parameters": parameters,
         "bytes": size,
         "bits_per_weight": round(8 * size / parameters, 3),
+        "dense": options.dense,
+        "embeddings": options.embeddings or "bf16",
         "loading_seconds": round(loading, 1),
         "tokens_per_second_by_threads": {
             count: {kind: report.spread([turn[kind] for turn in values], 3) for kind in values[0]}
@@ -309,6 +318,7 @@ def main() -> None:
     parser.add_argument("--threads", default="1,2", help="of the model, in turns; kernels use the first")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--dense", choices=random_ernie.DENSE, default="wint8", help="format of what is no expert")
+    parser.add_argument("--embeddings", choices=["int8", "int4"], help="format of embedding and head; bf16 by default")
     parser.add_argument("--llama-bench", help="llama.cpp's program of that name")
     parser.add_argument("--gguf", help="its model")
     options = parser.parse_args()

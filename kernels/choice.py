@@ -128,7 +128,9 @@ def _weight(operand: type, chosen: Backend) -> Choice:
     if chosen.name == "cpu":
         least = cpu_storage.PACKED_WEIGHTS
         return Choice(
-            operand.__name__, f"packed from {least:,} weights on", "smaller ones stay in a cache once decoded"
+            operand.__name__,
+            f"packed from {least:,} weights on, stacks from {cpu_storage.PACKED_STACK:,}",
+            "smaller ones stay in a cache once decoded",
         )
     return Choice(operand.__name__, "packed", "decoded while multiplying")
 

@@ -9,6 +9,8 @@ than the first, or with another number of features than fits; the message names 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ from kernels import choice
 from kernels.backend import Kernels
 from kernels.cache import LayerCache
 from kernels.checks import FLOATS, INTS, check, check_array, check_features
+from kernels.cpu import tape
 from kernels.metadata import AttentionMetadata
 from kernels.operands import Weight
 from kernels.prepared import Prepared
@@ -34,6 +37,7 @@ __all__ = [
     "paged_attention",
     "prepare",
     "prepare_embedding",
+    "record",
     "rms_norm",
     "rotary",
     "rotary_store_kv",
@@ -324,6 +328,19 @@ def paged_attention(q: Tensor, cache: LayerCache, metadata: AttentionMetadata, *
     check("q", q, FLOATS, q.device)
     _check_cache(cache, q.dtype, q.device)
     return _kernels(q.device).paged_attention(q, cache, metadata, scale=scale)
+
+
+def record(run: Callable[[], None]) -> Callable[[], None]:
+    """Do something on CPU tensors once, and return what does it again on the same memory, in a few calls.
+
+    Args:
+        run: operations of this module, and of torch. What they do must not depend on values: of the metadata only
+            `decode_metadata` in fp32 will do.
+
+    Raises:
+        RuntimeError: a value was asked for.
+    """
+    return tape.record(run)
 
 
 def _check_cache(cache: LayerCache, dtype: torch.dtype, device: torch.device) -> None:

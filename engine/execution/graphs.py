@@ -2,7 +2,8 @@
 
 A decoding GPU waits for the host wherever a kernel takes less time than its launch. A graph, captured once for each of
 a few batch sizes, replays all of a step's kernels on buffers that never move (`engine.execution.padding`). Every rank
-takes the size from the step's arrays alone, so all replay the same graph, collective operations included.
+takes the size from the step's arrays alone, so all replay the same graph, collective operations included. On a CPU the
+same is done with recorded steps (`ops.record`), as preparing a small kernel takes longer than running it.
 """
 
 from __future__ import annotations
@@ -24,9 +25,16 @@ logger = logging.getLogger(__name__)
 SMALL_SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 12)
 """Below 16 tokens, a batch leaves many experts untouched, and those that only padding asks for cost their bytes."""
 SIZE_STEP = 8
+LARGEST_CPU_SIZE = 8
+"""A CPU pads nothing, as every row costs it time, and with more requests its kernels take long enough."""
 LARGEST_SIZE = 512
 """Beyond it, a step takes long enough that launching its kernels does not matter."""
 PROGRESS_SECONDS = 2.0
+
+
+def cpu_sizes(max_num_seqs: int) -> tuple[int, ...]:
+    """Batch sizes to record on a CPU, ascending."""
+    return tuple(range(1, min(max_num_seqs, LARGEST_CPU_SIZE) + 1))
 
 
 def capture_sizes(max_num_seqs: int) -> tuple[int, ...]:
@@ -116,14 +124,14 @@ class DecodeGraphs:
                 raise
             except RuntimeError as error:
                 raise ConfigError(
-                    f"a decode step of {size} requests can't be captured as a CUDA graph ({error}); "
+                    f"a decode step of {size} requests can't be captured ({error}); "
                     "enforce_eager: true runs without graphs"
                 ) from error
             self._captured = tuple(sorted(self._replays))
             if time.monotonic() - spoken > PROGRESS_SECONDS:
                 spoken = time.monotonic()
-                logger.info("captured %d of %d CUDA graphs", done, len(wanted))
-        logger.info("captured %d CUDA graphs in %.1f s", len(wanted), time.monotonic() - started)
+                logger.info("captured %d of %d decode steps", done, len(wanted))
+        logger.info("captured %d decode steps in %.1f s", len(wanted), time.monotonic() - started)
 
     def size_for(self, step: StepInput) -> int | None:
         """The captured size that runs `step`; None if it has to run without a graph."""

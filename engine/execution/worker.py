@@ -18,7 +18,7 @@ from engine.errors import ConfigError
 from engine.execution import kv_cache
 from engine.execution.batch import StepInput
 from engine.execution.experts import ExpertLoad
-from engine.execution.graphs import CudaCapture, capture_sizes
+from engine.execution.graphs import CudaCapture, capture_sizes, cpu_sizes
 from engine.execution.machine import available_cores, choose_device, choose_dtype, choose_max_model_len
 from engine.execution.memory import CacheNeed, shortage
 from engine.execution.parallel import TensorParallelGroup
@@ -30,7 +30,7 @@ from engine.quantization.config import QuantizationConfig
 from engine.quantization.format import RowOrder
 from engine.quantization.served import as_served
 from engine.quantization.vocabulary import savings
-from kernels import choice
+from kernels import choice, ops
 
 logger = logging.getLogger(__name__)
 
@@ -264,8 +264,11 @@ class Worker:
         )
 
     def _choose_graph_sizes(self) -> tuple[int, ...]:
-        if self.config.enforce_eager or self.device.type == "cpu":
+        if self.config.enforce_eager:
             return ()
+        if self.device.type == "cpu":  # whose sums over ranks can't be recorded, nor its attention in another dtype
+            alone = self.group.world_size == 1 and self.dtype == torch.float32
+            return cpu_sizes(self.config.max_num_seqs) if alone else ()
         reason = choice.why_not_captured(self.device)
         if reason is not None:
             logger.warning("decoding without CUDA graphs: %s", reason)
@@ -274,6 +277,12 @@ class Worker:
 
     def _capture(self, runner: ModelRunner) -> None:
         if not self._graph_sizes:
+            return
+        if self.device.type == "cpu":
+            try:
+                runner.capture(ops.record, self._graph_sizes, max_blocks=self._max_blocks)
+            except ConfigError as error:  # a layer that looks at values, as torch's experts do
+                logger.info("running without recorded steps: %s", error)
             return
         try:
             runner.capture(CudaCapture(self.device), self._graph_sizes, max_blocks=self._max_blocks)

@@ -64,14 +64,15 @@ def attend(version: str, *, cache: bool) -> Any:
 
     @cfunc(types.void(types.int64), cache=cache, error_model="numpy")
     def attend(address: Any) -> None:
-        """Counter, tasks, kv heads, query heads of each, D, block size, spans int32 [., 4] (request, which of its
-        spans, its first, how many), block tables int32, entries of a row, context lengths int32, rows of q int32, q,
-        bytes from row to row, keys, values, bits of the scale, states fp32 [tasks, heads (2 + D + SCORES)] (largest
-        score, sum, output, a tile's scores), zeros int64 [requests, kv heads], out [., heads, D], scales of int8 keys
-        or 0, of int8 values."""
+        """Counter, number of spans at an address, kv heads, query heads of each, D, block size, spans int32 [., 4]
+        (request, which of its spans, its first, how many), block tables int32, entries of a row, context lengths int32,
+        rows of q int32, q, bytes from row to row, keys, values, bits of the scale, states fp32 [spans, kv heads, heads
+        (2 + D + SCORES)] (largest score, sum, output, a tile's scores), zeros int64 [requests, kv heads], left as
+        zeros, out [., heads, D], scales of int8 keys or 0, of int8 values."""
         _ = version
         p = longs_at(address)
-        tasks, kv_heads, group, d, block_size = p[1], p[2], p[3], p[4], p[5]
+        kv_heads, group, d, block_size = p[2], p[3], p[4], p[5]
+        tasks = longs_at(p[1])[0] * kv_heads
         spans, contexts, rows = ints_at(p[6]), ints_at(p[9]), ints_at(p[10])
         scale = float_of(np.int32(p[15]))
         packed = p[19] != 0
@@ -131,8 +132,11 @@ def attend(version: str, *, cache: bool) -> Any:
                     else:
                         for g in range(group):
                             _add_scaled(out + 4 * d * g, value, floats_at(scores + 4 * SCORES * g)[i], d)
-            if count > 1 and add(p[17] + 8 * (kv_heads * request + head), 1) != count - 1:
-                continue
+            if count > 1:
+                finished = p[17] + 8 * (kv_heads * request + head)
+                if add(finished, 1) != count - 1:
+                    continue
+                longs_at(finished)[0] = 0
             start = p[16] + state_bytes * (kv_heads * first + head)
             for g in range(group):
                 target = start + 8 * group + 4 * d * g
@@ -149,3 +153,27 @@ def attend(version: str, *, cache: bool) -> Any:
                 _divide(result, target, total, d)
 
     return attend
+
+
+def divide(version: str, *, cache: bool) -> Any:
+    """Contexts into spans."""
+
+    @cfunc(types.void(types.int64), cache=cache, error_model="numpy")
+    def divide(address: Any) -> None:
+        """Counter, requests, context lengths int32, number of spans out int64 [1], spans out int32 [., 4]."""
+        _ = version
+        p = longs_at(address)
+        if take(address):
+            return
+        contexts, spans = ints_at(p[2]), ints_at(p[4])
+        total = 0
+        for request in range(p[1]):
+            count, first = (contexts[request] + POSITIONS - 1) // POSITIONS, total
+            for number in range(count):
+                place = 4 * total
+                spans[place], spans[place + 1] = request, number
+                spans[place + 2], spans[place + 3] = first, count
+                total += 1
+        longs_at(p[3])[0] = total
+
+    return divide

@@ -39,22 +39,34 @@ class DecodeGroup:
     """[R, 1, 1, context], 0 or -inf; None when all contexts are equally long."""
 
 
-@dataclass(frozen=True, slots=True)
 class Decodes:
-    """Requests with one query each, for the compiled kernel; kept here so that the addresses stay good."""
+    """Requests with one query each, for the compiled kernel.
 
-    spans: np.ndarray
-    """int32 [S, 4]: a request among these, which of its spans, its first, how many it has."""
-    tables: np.ndarray
-    """int32 [R, max_blocks]."""
-    contexts: np.ndarray
-    """int32 [R]."""
-    rows: np.ndarray
-    """int32 [R], of the flat batch."""
-    positions: int
-    """In all contexts together."""
-    addresses: tuple[int, ...]
-    """Of the spans and the tables, entries of a table, addresses of the contexts and the rows."""
+    Args:
+        tables: int32 [R, max_blocks], its rows contiguous.
+        contexts: int32 [R].
+        rows: int32 [R], of the flat batch.
+        longest: positions that a context may have.
+        positions: likewise, of all of them together.
+    """
+
+    def __init__(self, tables: Tensor, contexts: Tensor, rows: Tensor, *, longest: int, positions: int) -> None:
+        self.tables, self.contexts, self.rows = tables, contexts, rows
+        self.positions = positions
+        requests = len(contexts)
+        self.max_spans = min(requests * -(-longest // POSITIONS), requests + positions // POSITIONS)
+        self.count = torch.empty(1, dtype=torch.int64)
+        self.spans = torch.empty(self.max_spans, 4, dtype=torch.int32)
+        arguments = (requests, contexts.data_ptr(), self.count.data_ptr(), self.spans.data_ptr())
+        run(Stage("divide", arguments, tasks=1, num_bytes=0, keep=self))
+        self._states = self._finished = torch.empty(0)
+
+    def room(self, kv_heads: int, state: int) -> tuple[Tensor, Tensor]:
+        """Fp32 [spans, kv heads, state] for use, and int64 zeros [R, kv heads]: the same for all layers of a step."""
+        if self._states.numel() < self.max_spans * kv_heads * state:
+            self._states = torch.empty(self.max_spans * kv_heads * state)
+            self._finished = torch.zeros(len(self.contexts), kv_heads, dtype=torch.int64)
+        return self._states, self._finished
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +111,14 @@ def attention_metadata(
     decodes: Decodes | None = None
     groups: tuple[DecodeGroup, ...] = ()
     if len(single) and dtype == torch.float32:
-        decodes = _decodes(single, block_tables, query_start, context_lens)
+        contexts = context_lens[single].astype(np.int32)
+        decodes = Decodes(
+            torch.from_numpy(np.ascontiguousarray(block_tables[single], dtype=np.int32)),
+            torch.from_numpy(contexts),
+            torch.from_numpy(query_start[single].astype(np.int32)),
+            longest=int(contexts.max()),
+            positions=int(contexts.sum()),
+        )
     elif len(single):
         groups = _groups(single, block_tables, query_start, context_lens, num_blocks, dtype)
     prefills = []
@@ -125,29 +144,21 @@ def attention_metadata(
 def decode_metadata(
     block_tables: Tensor, query_start: Tensor, context_lens: Tensor, *, block_size: int, dtype: torch.dtype
 ) -> CpuAttentionMetadata:
-    """Divide the batch by the values that the tensors hold now; see `ops.decode_metadata`."""
-    arrays = (tensor.numpy() for tensor in (block_tables, query_start, context_lens))
-    return attention_metadata(*arrays, block_size=block_size, dtype=dtype, device=block_tables.device)
-
-
-def _decodes(
-    members: np.ndarray, block_tables: np.ndarray, query_start: np.ndarray, context_lens: np.ndarray
-) -> Decodes:
-    contexts = context_lens[members].astype(np.int32)
-    counts = -(-contexts // POSITIONS)  # spans of each request
-    ends = np.cumsum(counts)
-    owners = np.repeat(np.arange(len(members)), counts)  # [S]
-    first = (ends - counts)[owners]
-    spans = np.stack((owners, np.arange(len(owners)) - first, first, counts[owners]), axis=1).astype(np.int32)
-    tables, rows = np.ascontiguousarray(block_tables[members], dtype=np.int32), query_start[members].astype(np.int32)
-    places = [array.ctypes.data for array in (spans, tables, contexts, rows)]
-    return Decodes(
-        spans=spans,
-        tables=tables,
-        contexts=contexts,
-        rows=rows,
-        positions=int(contexts.sum()),
-        addresses=(*places[:2], tables.shape[1], *places[2:]),
+    """With fp32, what is done depends on no value; see `ops.decode_metadata`."""
+    if dtype != torch.float32:
+        arrays = (tensor.numpy() for tensor in (block_tables, query_start, context_lens))
+        return attention_metadata(*arrays, block_size=block_size, dtype=dtype, device=block_tables.device)
+    requests, longest = len(context_lens), block_tables.shape[1] * block_size
+    rows = query_start[:requests].contiguous()
+    return CpuAttentionMetadata(
+        block_tables=block_tables,
+        query_start=query_start,
+        context_lens=context_lens,
+        block_size=block_size,
+        decodes=Decodes(block_tables, context_lens, rows, longest=longest, positions=requests * longest),
+        groups=(),
+        prefills=(),
+        tail_mask=None,
     )
 
 
@@ -229,17 +240,19 @@ def _attend(q: Tensor, cache: LayerCache, decodes: Decodes, scale: float, out: T
         q = q.contiguous()
     kv_heads, head_dim = cache.num_kv_heads, q.shape[2]
     group = q.shape[1] // kv_heads
-    tasks = len(decodes.spans) * kv_heads
-    states = torch.empty(tasks, group * (2 + head_dim + SCORES))
-    finished = torch.zeros(len(decodes.contexts), kv_heads, dtype=torch.int64)
+    states, finished = decodes.room(kv_heads, group * (2 + head_dim + SCORES))
     scales = (0 if scale is None else scale.data_ptr() for scale in (cache.key_scales, cache.value_scales))
     arguments = (
-        *(tasks, kv_heads, group, head_dim, cache.block_size, *decodes.addresses),
+        *(decodes.count.data_ptr(), kv_heads, group, head_dim, cache.block_size),
+        *(decodes.spans.data_ptr(), decodes.tables.data_ptr(), decodes.tables.stride(0)),
+        *(decodes.contexts.data_ptr(), decodes.rows.data_ptr()),
         *(q.data_ptr(), 4 * q.stride(0), cache.keys.data_ptr(), cache.values.data_ptr(), fp32(scale)),
         *(states.data_ptr(), finished.data_ptr(), out.data_ptr(), *scales),
     )
     read = 2 * kv_heads * head_dim * cache.keys.element_size() * decodes.positions
-    run(Stage("attend", arguments, tasks=tasks, num_bytes=read))
+    run(
+        Stage("attend", arguments, tasks=decodes.max_spans * kv_heads, num_bytes=read, keep=(decodes, states, finished))
+    )
 
 
 def _decode(q: Tensor, cache: LayerCache, group: DecodeGroup, scale: float) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.cache import LayerCache
-from kernels.cpu.threads import Stage, run
+from kernels.cpu.threads import Arguments, Stage, run
 from kernels.reference.rotary import rotary
 
 
@@ -38,12 +38,16 @@ def rotary_store_kv(
             *(angles.data_ptr(), interleaved, slots.data_ptr(), cache.keys.data_ptr(), cache.values.data_ptr()),
             *(out.data_ptr(), num_slots, 0, *scales, cache.block_size),
         )
-        stage = Stage("rotate", arguments, tasks=tokens, num_bytes=8 * qkv.numel())
-        run(stage)
-        if lost := stage.arguments[14]:
-            raise IndexError(f"{lost} of {tokens} tokens go to a slot beyond the {num_slots} of the cache")
+        run(Stage("rotate", arguments, tasks=tokens, num_bytes=8 * qkv.numel(), check=_check_slots))
         return out[:, :num_heads]
     turned = num_heads + kv_heads
     qk = rotary(qkv[:, :turned], table, interleaved=interleaved)
     store_kv(qk[:, num_heads:], qkv[:, turned:], cache, slot_mapping)
     return qk[:, :num_heads]
+
+
+def _check_slots(arguments: Arguments) -> None:
+    """Of the kernel `elementwise.rotate`."""
+    lost, arguments[14] = arguments[14], 0
+    if lost:
+        raise IndexError(f"{lost} of {arguments[1]} tokens go to a slot beyond the {arguments[13]} of the cache")

@@ -235,13 +235,15 @@ def product(version: str, *, cache: bool) -> Any:
 
     @cfunc(types.void(types.int64), cache=cache, error_model="numpy")
     def product(address: Any) -> None:
-        """Counter, tasks, kind, N, chunks, codes, scales, tables or 0, factor, code scale, code zero, segments
-        (matrix, first entry, entries), entries (row of x, row of out), x, out fp32 [., N], offset."""
+        """Counter, number of segments at an address, kind, N, chunks, codes, scales, tables or 0, factor, code scale,
+        code zero, segments (matrix, first entry, entries), entries (row of x, row of out), x, out fp32 [., N],
+        offset, tasks to take at a time."""
         _ = version
         p = longs_at(address)
-        tasks, kind, n, chunks, offset = p[1], p[2], p[3], p[4], p[15]
+        kind, n, chunks, offset = p[2], p[3], p[4], p[15]
         segments, entries = longs_at(p[11]), longs_at(p[12])
         tiles = (n + TILE - 1) // TILE
+        tasks = longs_at(p[1])[0] * tiles
         code_bytes, scale_bytes, row_bytes = (64 << kind % 3) * chunks, 2 * chunks, CHUNK_BYTES * chunks
         tables, inputs, outputs = _tables_room(), _addresses_room(), _outputs_room()
         planes, steps, results = _planes_room(), _steps_room(), _sums_room()
@@ -249,8 +251,13 @@ def product(version: str, *, cache: bool) -> Any:
         factors, code_scales, code_zeros, out = floats_at(p[8]), floats_at(p[9]), floats_at(p[10]), floats_at(p[14])
         own = p[7] == 0 and kind == 0
         table_bytes = TABLE_BYTES if own else 0
+        grain = p[16]
+        task, end = 0, 0
         while True:
-            task = take(address)
+            task += 1
+            if task >= end:
+                task = grain * take(address)
+                end = min(task + grain, tasks)
             if task >= tasks:
                 break
             segment, first_row = 3 * (task // tiles), TILE * (task % tiles)

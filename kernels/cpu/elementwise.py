@@ -51,6 +51,32 @@ def norm(version: str, *, cache: bool) -> Any:
     return norm
 
 
+def look_up(version: str, *, cache: bool) -> Any:
+    """Rows of a table."""
+
+    @cfunc(types.void(types.int64), cache=cache, error_model="numpy")
+    def look_up(address: Any) -> None:
+        """Counter, tokens, rows, H, ids int64, first row, table fp32 [rows, H], out [., H]: zeros for rows beyond."""
+        _ = version
+        p = longs_at(address)
+        tokens, rows, h = p[1], p[2], p[3]
+        ids = longs_at(p[4])
+        while True:
+            t = take(address)
+            if t >= tokens:
+                break
+            row, out = ids[t] - p[5], floats_at(p[7] + 4 * h * t)
+            if row < 0 or row >= rows:
+                for i in range(h):
+                    out[i] = ZERO
+                continue
+            source = floats_at(p[6] + 4 * h * row)
+            for i in range(h):
+                out[i] = source[i]
+
+    return look_up
+
+
 def activate(version: str, *, cache: bool) -> Any:
     """silu(gate) * up."""
 

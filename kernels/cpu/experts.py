@@ -68,8 +68,8 @@ def arrange(version: str, *, cache: bool) -> Any:
 
     @cfunc(types.void(types.int64), cache=cache, error_model="numpy")
     def arrange(address: Any) -> None:
-        """Counter, number of active experts out, pairs, k, E, ids int64 [pairs], places int64 [E + 1] for use, segments
-        out int64 [., 3], entries of the first product out int64 [pairs, 2], of the second."""
+        """Counter, out: number of active experts int64 [1], pairs, k, E, ids int64 [pairs], places int64 [E + 1] for
+        use, segments out int64 [., 3], entries of the first product out int64 [pairs, 2], of the second."""
         _ = version
         p = longs_at(address)
         if take(address):
@@ -94,7 +94,7 @@ def arrange(version: str, *, cache: bool) -> Any:
             places[ids[i]] += 1
             first[2 * place], first[2 * place + 1] = i // top_k, place
             second[2 * place], second[2 * place + 1] = place, i
-        p[1] = active
+        longs_at(p[1])[0] = active
 
     return arrange
 

@@ -35,6 +35,8 @@ _FACTORIES: dict[str, Callable[..., Any]] = {
     "norm": elementwise.norm,
     "activate": elementwise.activate,
     "rotate": elementwise.rotate,
+    "look_up": elementwise.look_up,
+    "divide": attend.divide,
     "attend": attend.attend,
     "choose": experts.choose,
     "arrange": experts.arrange,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kernels.cpu.activation import silu_and_mul
 from kernels.cpu.packed import PackedPrepared
-from kernels.cpu.product import multiply, stages
+from kernels.cpu.product import Segments, multiply, stages
 from kernels.cpu.threads import Stage, fp32, has_vnni, run
 from kernels.prepared import Prepared, dense
 
@@ -90,19 +90,19 @@ def _packed(x: Tensor, gate_up: Prepared, down: Prepared, weights: Tensor, ids: 
     return out.to(x.dtype)
 
 
-def _arrange(ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Pairs by expert: segments [active experts, 3], and entries of the two products, for `product.multiply`."""
+def _arrange(ids: Tensor, experts: int) -> tuple[Segments, Tensor, Tensor]:
+    """Pairs by expert: segments of the active ones, and entries of the two products, for `product.multiply`."""
     ids = ids.contiguous()
     pairs, top_k = ids.numel(), ids.shape[1]
-    segments, places = torch.empty(min(pairs, experts), 3, dtype=torch.int64), torch.empty(experts, dtype=torch.int64)
-    first, second = torch.empty(2, pairs, 2, dtype=torch.int64)
+    rows, count = torch.empty(min(pairs, experts), 3, dtype=torch.int64), torch.empty(1, dtype=torch.int64)
+    places = torch.empty(experts, dtype=torch.int64)
+    first, second = torch.empty(2, pairs, 2, dtype=torch.int64).unbind(0)
     arguments = (
-        *(0, pairs, top_k, experts, ids.data_ptr(), places.data_ptr()),
-        *(segments.data_ptr(), first.data_ptr(), second.data_ptr()),
+        *(count.data_ptr(), pairs, top_k, experts, ids.data_ptr(), places.data_ptr()),
+        *(rows.data_ptr(), first.data_ptr(), second.data_ptr()),
     )
-    stage = Stage("arrange", arguments, tasks=1, num_bytes=0)
-    run(stage)
-    return segments[: stage.arguments[1]], first, second
+    run(Stage("arrange", arguments, tasks=1, num_bytes=0))
+    return Segments(rows, count), first, second
 
 
 def _combine(weights: Tensor, results: Tensor, out: Tensor) -> Stage:
@@ -113,14 +113,15 @@ def _combine(weights: Tensor, results: Tensor, out: Tensor) -> Stage:
     return Stage("combine", arguments, tasks=tokens, num_bytes=4 * results.numel(), keep=factors)
 
 
-def _experts(x: Tensor, weight: Prepared, segments: Tensor, entries: Tensor) -> Tensor:
+def _experts(x: Tensor, weight: Prepared, segments: Segments, entries: Tensor) -> Tensor:
     """`product.multiply`, and the same for a stack that was small enough to be decoded: fp32."""
     if isinstance(weight, PackedPrepared):
         return multiply(x, weight, segments, entries)
     experts = dense(weight).experts
     sources, targets = entries.unbind(1)
     counts = torch.zeros(len(experts), dtype=torch.int64)
-    counts[segments[:, 0]] = segments[:, 2]
+    rows = segments.rows[: int(segments.count)]
+    counts[rows[:, 0]] = rows[:, 2]
     out = _grouped(x.to(experts[0].dtype).index_select(0, sources), counts.tolist(), experts)
     return torch.empty_like(out).index_copy_(0, targets, out).float()
 

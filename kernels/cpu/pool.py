@@ -22,11 +22,13 @@ def work(version: str, *, cache: bool) -> Any:
 
     @cfunc(types.void(types.int64), cache=cache, error_model="numpy")
     def work(address: Any) -> None:
-        """State, number of kernels, for each its address, its argument and how many helpers may take part."""
+        """State, number of kernels, for each its address, its argument and how many helpers may take part. Counters of
+        tasks, the first thing at each argument, start anew."""
         _ = version
         p = longs_at(address)
         state = longs_at(p[0])
         for i in range(2, 2 + 3 * p[1], 3):
+            longs_at(p[i + 1])[0] = 0
             if p[i + 2] == 0:
                 call(p[i], p[i + 1])
                 continue

@@ -7,6 +7,8 @@ else is in the batch, except where a machine without `kernels.cpu.vector`'s inst
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -19,17 +21,35 @@ DENSE_ROWS = 32
 loops over integers; with them it never does (benchmarks/cpu_decode.py, batch 64)."""
 PASSES = 4
 """Tokens that take about as long as reading a matrix."""
+GRAIN_BYTES = 128 << 10
+"""Weights that a thread takes at a time: what fetches ahead of it begins anew with each piece, and threads that took
+every other small one would wait for memory more than they compute."""
+LEAST_GRAINS = 16
+"""Pieces that are to be had at least, so that threads end together."""
 DENSE_BYTES = 8 << 20
 """Decoded weights at a time; they stay in a cache between the decoder and the product."""
 
 
-def multiply(x: Tensor, weight: PackedPrepared, segments: Tensor, entries: Tensor) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """Which entries go to which matrix of a stack.
+
+    Attributes:
+        rows: int64 [S, 3], contiguous: a matrix, its first entry, how many.
+        count: int64 [1]: how many of the rows there are; the others mean nothing.
+    """
+
+    rows: Tensor
+    count: Tensor
+
+
+def multiply(x: Tensor, weight: PackedPrepared, segments: Segments, entries: Tensor) -> Tensor:
     """Rows of x times matrices of a stack.
 
     Args:
         x: [T, K], any floating dtype.
         weight: stack of matrices (K, N).
-        segments: int64 [S, 3]: a matrix, its first entry, how many.
+        segments: of the entries.
         entries: int64 [P, 2]: row of x, row of the result; each row of the result once.
 
     Returns:
@@ -37,20 +57,16 @@ def multiply(x: Tensor, weight: PackedPrepared, segments: Tensor, entries: Tenso
     """
     x = x.float()
     out = torch.empty(entries.shape[0], weight.out_features)
-    if not has_vnni() and bool((large := segments[:, 2] >= DENSE_ROWS).any()):
-        for matrix, first, count in segments[large].tolist():
-            rows = entries[first : first + count]  # [count, 2]
-            out.index_copy_(0, rows[:, 1], _dense(x.index_select(0, rows[:, 0]), weight, matrix))
-        segments = segments[~large]
-    if segments.shape[0]:
-        run(*stages(x, weight, segments, entries, out))
+    if not has_vnni() and entries.shape[0] >= DENSE_ROWS:
+        segments = _multiply_large(x, weight, segments, entries, out)
+    run(*stages(x, weight, segments, entries, out))
     return out
 
 
 def stages(
-    x: Tensor, weight: PackedPrepared, segments: Tensor, entries: Tensor, out: Tensor, *, gated: bool = False
+    x: Tensor, weight: PackedPrepared, segments: Segments, entries: Tensor, out: Tensor, *, gated: bool = False
 ) -> tuple[Stage, Stage]:
-    """`multiply` as kernels to be run: fp32 `x`, contiguous `segments` and `entries`, `out` fp32 [P, N].
+    """`multiply` as kernels to be run: fp32 `x`, contiguous `entries`, `out` fp32 [P, N].
 
     With `gated`, x is [T, 2K] and what is multiplied ``silu(x[:, :K]) * x[:, K:]``.
     """
@@ -58,20 +74,21 @@ def stages(
         x = x.contiguous()
     tokens, n, chunks = x.shape[0], weight.out_features, weight.chunks
     inputs = torch.empty(tokens * chunks * CHUNK_BYTES, dtype=torch.uint8)  # torch aligns it to a cache line
-    tasks = segments.shape[0] * -(-n // TILE)
+    most, tiles = segments.rows.shape[0], -(-n // TILE)
+    grain = max(1, min(GRAIN_BYTES * tiles // weight.matrix_bytes, most * tiles // LEAST_GRAINS))
     offset = OFFSETS[weight.kind]
     quantize = (
         *(tokens, weight.in_features, x.data_ptr(), 4 * x.stride(0), inputs.data_ptr()),
         *(weight.order_address, offset, gated),
     )
     product = (
-        *(tasks, weight.kind, n, chunks, *weight.addresses),
-        *(segments.data_ptr(), entries.data_ptr(), inputs.data_ptr(), out.data_ptr(), offset),
+        *(segments.count.data_ptr(), weight.kind, n, chunks, *weight.addresses),
+        *(segments.rows.data_ptr(), entries.data_ptr(), inputs.data_ptr(), out.data_ptr(), offset, grain),
     )
-    read = weight.matrix_bytes * max(segments.shape[0], entries.shape[0] // PASSES)
+    read = weight.matrix_bytes * max(most, entries.shape[0] // PASSES)
     return (
         Stage("quantize", quantize, tasks=tokens, num_bytes=inputs.numel(), keep=x),
-        Stage("product", product, tasks=tasks, num_bytes=read, keep=(segments, entries, inputs)),
+        Stage("product", product, tasks=most * tiles, num_bytes=read, keep=(segments, entries, inputs)),
     )
 
 
@@ -87,6 +104,17 @@ def decode(weight: PackedPrepared, matrix: int, rows: range) -> Tensor:
     )
     run(Stage("decode", arguments, tasks=len(rows), num_bytes=4 * out.numel()))
     return out
+
+
+def _multiply_large(x: Tensor, weight: PackedPrepared, segments: Segments, entries: Tensor, out: Tensor) -> Segments:
+    """Write the products of the segments of many entries to `out`; the others."""
+    rows = segments.rows[: int(segments.count)]
+    large = rows[:, 2] >= DENSE_ROWS
+    for matrix, first, count in rows[large].tolist():
+        of_matrix = entries[first : first + count]  # [count, 2]
+        out.index_copy_(0, of_matrix[:, 1], _dense(x.index_select(0, of_matrix[:, 0]), weight, matrix))
+    small = rows[~large]
+    return Segments(small, torch.tensor([len(small)]))
 
 
 def _dense(x: Tensor, weight: PackedPrepared, matrix: int) -> Tensor:

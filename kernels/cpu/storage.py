@@ -18,15 +18,18 @@ from kernels.prepared import Prepared, dense
 logger = logging.getLogger(__name__)
 
 PACKED_WEIGHTS = 1 << 20
-"""Fewest weights of a matrix, or of a whole stack of experts, that stay packed: those of a smaller one are in a cache
-when they are wanted, and torch's product with them takes less time (benchmarks/cpu_decode.py, "threshold")."""
+"""Fewest weights of a matrix that stays packed: those of a smaller one are in a cache when they are wanted, and torch's
+product with them takes less time (benchmarks/cpu_decode.py, "threshold")."""
+PACKED_STACK = 1 << 18
+"""The same of a whole stack of experts, whose products torch would have to be asked for one by one, after Python has
+learned which experts were chosen; so a step with dense experts can't be recorded (`kernels.cpu.tape`)."""
 
 
 def prepare(weight: Weight, *, dtype: torch.dtype, device: torch.device) -> Prepared:
-    """From `PACKED_WEIGHTS` on, WINT2, INT4 and INT8 stay packed, and what was stored as bf16 stays in 16 bits;
-    everything else is decoded to `dtype`."""
+    """From `PACKED_WEIGHTS` on (of stacks, `PACKED_STACK`), WINT2, INT4 and INT8 stay packed, and what was stored as
+    bf16 stays in 16 bits; everything else is decoded to `dtype`."""
     compile_all()  # while loading, rather than in the first step
-    if isinstance(weight, CcqWeight | Int4Weight | Int8Weight) and _count(weight) >= PACKED_WEIGHTS:
+    if isinstance(weight, CcqWeight | Int4Weight | Int8Weight) and _is_large(weight):
         return pack(weight)
     if isinstance(weight, DenseWeight) and weight.weight.numel() >= PACKED_WEIGHTS and dtype == torch.float32:
         half = halve(weight.weight)
@@ -40,10 +43,12 @@ def prepare(weight: Weight, *, dtype: torch.dtype, device: torch.device) -> Prep
     return prepared
 
 
-def _count(weight: CcqWeight | Int4Weight | Int8Weight) -> int:
+def _is_large(weight: CcqWeight | Int4Weight | Int8Weight) -> bool:
     if isinstance(weight, CcqWeight):
-        return weight.codes.numel() * 4
-    return weight.packed.numel() * 2 if isinstance(weight, Int4Weight) else weight.values.numel()
+        stored, weights_each = weight.codes, 4
+    else:
+        stored, weights_each = (weight.packed, 2) if isinstance(weight, Int4Weight) else (weight.values, 1)
+    return stored.numel() * weights_each >= (PACKED_STACK if stored.dim() == 3 else PACKED_WEIGHTS)
 
 
 @lru_cache(maxsize=256)

@@ -3,7 +3,7 @@
 The threads are helpers: whoever runs a kernel works through its tasks, and helpers that are awake take some of them.
 Nobody waits for a thread that has not begun, as the barrier of an OpenMP region does; where other programs are on the
 same cores, that wait costs milliseconds, at each of hundreds of products in a step. Between kernels a helper looks for
-work for some tens of microseconds, then sleeps until it is woken.
+work for some tenths of a millisecond, then sleeps until it is woken.
 """
 
 from __future__ import annotations
@@ -12,16 +12,18 @@ import ctypes
 import os
 import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from functools import cache, lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 LEAST_BYTES = 128 << 10
 """Bytes to read for which a helper is wanted: tens of microseconds, of which waking one takes a few."""
-LOOKS = 2000
-"""How often a helper looks for work before it sleeps; some 30 to 100 microseconds."""
+LOOKS = 20_000
+"""How often a helper looks for work before it sleeps, some tenths of a millisecond: longer than the kernels of a step
+that want no helper, as nobody wakes it amid a program."""
 
 Arguments = Any
 """A ctypes array of int64."""
@@ -36,25 +38,86 @@ class Stage:
         tasks: how many there are.
         num_bytes: that it goes through in all, for choosing the number of threads.
         keep: whatever owns the memory that the arguments are addresses of.
+        check: looks at the arguments afterwards, and raises what went wrong.
     """
 
-    __slots__ = ("arguments", "helpers", "keep", "name")
+    __slots__ = ("arguments", "check", "helpers", "keep", "name")
 
-    def __init__(self, name: str, arguments: Sequence[int], *, tasks: int, num_bytes: int, keep: object = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        arguments: Sequence[int],
+        *,
+        tasks: int,
+        num_bytes: int,
+        keep: object = None,
+        check: Callable[[Arguments], None] | None = None,
+    ) -> None:
         self.name = name
+        self.check = check
         self.arguments: Arguments = _array(len(arguments) + 1)(0, *arguments)
         self.helpers = max(0, min(tasks, num_bytes // LEAST_BYTES) - 1)
         self.keep = keep
 
 
+class Listener(Protocol):
+    """Hears of what is run."""
+
+    def ran(self, stages: Sequence[Stage]) -> None:
+        """Kernels that were run in their order."""
+
+
+listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
+"""Who hears of the kernels that are run in this context; see `kernels.cpu.tape`."""
+
+
 def run(*stages: Stage) -> None:
-    """Run kernels in their order, each on up to ``torch.get_num_threads()`` threads, until its tasks are done."""
-    library = _library()
+    """Run kernels in their order, each on up to ``torch.get_num_threads()`` threads, until its tasks are done.
+
+    Raises:
+        IndexError: a kernel found an index that is out of range.
+    """
     most = torch.get_num_threads() - 1
-    if most > 0 and any(stage.helpers for stage in stages) and _pool(os.getpid()).run(stages, most):
-        return
+    if most <= 0 or not any(stage.helpers for stage in stages) or not _pool(os.getpid()).run(plan(stages, most), most):
+        library = _library()
+        for stage in stages:
+            library.function(stage.name)(stage.arguments)
     for stage in stages:
-        library.function(stage.name)(stage.arguments)
+        if stage.check is not None:
+            stage.check(stage.arguments)
+    if (hearing := listener.get()) is not None:
+        hearing.ran(stages)
+
+
+class Program:
+    """Kernels that are run in their order again and again, with the same arguments, by one call."""
+
+    def __init__(self, stages: Sequence[Stage]) -> None:
+        self._stages = tuple(stages)
+        self._checked = tuple(stage for stage in stages if stage.check is not None)
+        self._plans: dict[int, Arguments] = {}  # by the greatest number of helpers
+
+    def run(self) -> None:
+        """As :func:`run`."""
+        most = torch.get_num_threads() - 1
+        if most <= 0 or not _pool(os.getpid()).run(self._plan(most), most):
+            _library().function("work")(self._plan(0))
+        for stage in self._checked:
+            if stage.check is not None:
+                stage.check(stage.arguments)
+
+    def _plan(self, most: int) -> Arguments:
+        if most not in self._plans:
+            self._plans[most] = plan(self._stages, most)
+        return self._plans[most]
+
+
+def plan(stages: Sequence[Stage], most: int) -> Arguments:
+    """Arguments of `pool.work` for these stages with at most so many helpers; its first is for who runs it."""
+    numbers = [0, len(stages)]
+    for stage in stages:
+        numbers += (_library().address(stage.name), ctypes.addressof(stage.arguments), min(stage.helpers, most))
+    return _array(len(numbers))(*numbers)
 
 
 def fp32(value: float) -> int:
@@ -101,21 +164,18 @@ class HelperPool:
         self._busy = threading.Lock()
         self._helpers: list[Helper] = []
 
-    def run(self, stages: Sequence[Stage], most: int) -> bool:
-        """Run kernels with at most so many helpers; False if another thread has them."""
+    def run(self, arguments: Arguments, most: int) -> bool:
+        """Run what `plan` made for at most so many helpers; False if another thread has them."""
         if not self._busy.acquire(blocking=False):
             return False
         try:
-            library = _library()
-            wanted = min(most, max(stage.helpers for stage in stages))
+            wanted = min(most, max(arguments[4::3]))
             while len(self._helpers) < wanted:
                 self._helpers.append(Helper(self._state, len(self._helpers)))
             for helper in self._helpers[:wanted]:
                 helper.wake()
-            plan = [self._state, len(stages)]
-            for stage in stages:
-                plan += (library.address(stage.name), ctypes.addressof(stage.arguments), min(stage.helpers, most))
-            library.function("work")(_array(len(plan))(*plan))
+            arguments[0] = self._state
+            _library().function("work")(arguments)
         finally:
             self._busy.release()
         return True

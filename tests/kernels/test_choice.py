@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 
 def test_operations_are_those_of_the_door():
     functions = {name for name in ops.__all__ if inspect.isfunction(getattr(ops, name))}
-    assert set(choice.OPERATIONS) == functions
+    assert set(choice.OPERATIONS) == functions - {"record"}  # which repeats operations and is none
 
 
 def test_a_cpu_has_kernels_of_its_own():

@@ -41,7 +41,6 @@ class GraphWorker(Worker):
     def connect(self, check: Callable[[], None] | None = None) -> None:
         super().connect(check)
         assert self._runner is not None
-        self._num_kv_blocks -= 1  # the last is for padding
         self._runner.capture(Again(), SIZES, max_blocks=self._max_blocks)
 
 
@@ -218,7 +217,11 @@ def build_step_input_of(count: int) -> StepInput:
     return replace(dummy_step(count, count, 1), block_tables=np.zeros((count, 1), dtype=np.int32))
 
 
-def test_a_cpu_captures_nothing(workers):
-    eager, _ = workers
+def test_an_eager_worker_captures_nothing(random_checkpoint):
+    folder, _ = random_checkpoint("moe-two-shared-old-rope")
+    config = EngineConfig(model=str(folder), device="cpu", max_model_len=256, num_threads=1, enforce_eager=True)
+    eager = Worker(config, ModelConfig.from_folder(folder))
+    eager.initialize()
     assert eager._runner.graphs is None
     assert eager.num_kv_blocks == eager._runner.cache.num_blocks
+    eager.close()
