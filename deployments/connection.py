@@ -26,6 +26,9 @@ LEASE_AFTER_S = 0.1
 """Time after which a connection that has requests gets a lease, so that Serve lets the replica drain. One for all:
 opening and ending a lease is work for three processes, more than all else that a request costs."""
 
+LEASE_LINGERS_S = 0.5
+"""Time that it outlasts the last request: who asks again at once doesn't meet the work of ending and opening it."""
+
 REQUEST_LEASE_AFTER_S = 1.0
 """Age at which a request gets a lease of its own besides, for Serve's count of requests. Not while a burst's first
 tokens are due, and not for a request that is over soon."""
@@ -88,6 +91,7 @@ class EngineConnection:
         self._failed = asyncio.Event()
         self._requests = Demultiplexer(self._note)
         self._lease: Lease | None = None
+        self._lease_end: asyncio.TimerHandle | None = None
         self._leases: dict[str, Lease] = {}  # by request id
         self._to_submit: list[EngineRequest] = []
         self._to_abort: list[str] = []
@@ -129,6 +133,8 @@ class EngineConnection:
             raise
         finally:
             self._fail(EngineDeadError(f"engine {self.address.replica_id} {ended}"))
+            if len(self._requests) == 0:
+                self._end_lease()
             for task in (reading, watching, failing):
                 task.cancel()
 
@@ -150,9 +156,11 @@ class EngineConnection:
         self._requests.close(request_id)
         if (lease := self._leases.pop(request_id, None)) is not None:
             lease.cancel()
-        if self._lease is not None and len(self._requests) == 0:
-            self._lease.cancel()
-            self._lease = None
+        if len(self._requests) == 0 and self._lease_end is None:
+            # In an empty context, as in _schedule_flush: this outlasts the request.
+            linger = LEASE_LINGERS_S if isinstance(self._lease, asyncio.Task) else 0.0
+            loop, context = asyncio.get_running_loop(), contextvars.Context()
+            self._lease_end = loop.call_later(linger, self._end_lease, context=context)
         if abort and self._failure is None:
             self._to_abort.append(request_id)
             self._schedule_flush()
@@ -227,6 +235,9 @@ class EngineConnection:
         if aborted:
             self._call(self._shard.abort.remote(aborted))
         loop = asyncio.get_running_loop()
+        if self._lease_end is not None and len(self._requests):
+            self._lease_end.cancel()
+            self._lease_end = None
         if self._lease is None and len(self._requests):
             self._lease = loop.call_later(LEASE_AFTER_S, self._open_lease)
         for request_id in {request.request_id for request in submitted}.difference(aborted):
@@ -234,6 +245,12 @@ class EngineConnection:
 
     def _open_lease(self) -> None:
         self._lease = self._request_lease(self._ingress_id)
+
+    def _end_lease(self) -> None:
+        for part in (self._lease, self._lease_end):
+            if part is not None:
+                part.cancel()
+        self._lease = self._lease_end = None
 
     def _open_request_lease(self, request_id: str) -> None:
         self._leases[request_id] = self._request_lease(request_id)

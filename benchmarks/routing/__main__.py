@@ -89,14 +89,14 @@ def compare(by_policy: dict[str, list[dict[str, float]]], who: str) -> dict[str,
     return {"best_other": best, "ratio": report.spread(ratios)}
 
 
-def run(scenario: Scenario, seeds: int, progress: Progress, traces: Sequence[Request] | None) -> dict[str, Any]:
+def run(scenario: Scenario, seeds: range, progress: Progress, traces: Sequence[Request] | None) -> dict[str, Any]:
     policies = contestants()
     rates = scenario.rates if traces is None else (0.0,)
-    task = progress.add_task(scenario.name, total=len(rates) * seeds * len(policies))
+    task = progress.add_task(scenario.name, total=len(rates) * len(seeds) * len(policies))
     table = []
     for rate in rates:
         by_policy: dict[str, list[dict[str, float]]] = {name: [] for name in policies}
-        for seed in range(seeds):
+        for seed in seeds:
             requests = traces or scenario.workload.generate(
                 rate=rate, seconds=scenario.seconds, block_size=BLOCK_SIZE, seed=seed
             )
@@ -118,7 +118,8 @@ def run(scenario: Scenario, seeds: int, progress: Progress, traces: Sequence[Req
     workload = asdict(scenario.workload) if traces is None else None
     return {
         "name": scenario.name, "about": scenario.about, "ingresses": scenario.ingresses, "report_s": scenario.report_s,
-        "mixed_shared": scenario.mixed_shared, "seconds": scenario.seconds, "seeds": seeds, "workload": workload,
+        "mixed_shared": scenario.mixed_shared, "seconds": scenario.seconds, "seeds": list(seeds),
+        "workload": workload,
         "rates": table,
     }  # fmt: skip
 
@@ -142,6 +143,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a minute: one seed, two rates, short traces, no 1,000")
     parser.add_argument("--only", default="", help="scenarios whose name this regular expression finds")
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument(
+        "--first-seed", type=int, default=0, help="another one than the router was tuned with: not 0, 1"
+    )
     parser.add_argument("--azure", type=Path, help="an Azure LLM trace (CSV), on the first chosen fleet")
     parser.add_argument("--mooncake", type=Path, help="a Mooncake trace (JSONL), on the first chosen fleet")
     parser.add_argument("--speed", type=float, default=1.0, help="how many times as fast a file's requests come")
@@ -165,7 +169,8 @@ def main() -> None:
     scenarios = []
     with Progress(console=console) as progress:
         for scenario in chosen:
-            seeds = 1 if options.quick or len(scenario.fleet()) > 100 else options.seeds
+            count = 1 if options.quick or len(scenario.fleet()) > 100 else options.seeds
+            seeds = range(options.first_seed, options.first_seed + count)
             scenarios.append(run(scenario, seeds, progress, traces))
             show(progress.console, scenarios[-1])
     times = measure(200 if options.quick else 1000)
