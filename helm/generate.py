@@ -40,12 +40,68 @@ PATTERNS = {
     "model.cache.mountPath": r"^/",
     "model.path": r".",
 }
-OPEN = {"resources", "nodeSelector", "affinity", "annotations", "labels", "podSecurityContext"}
-OPEN |= {"containerSecurityContext", "limits", "requests"}
-"""Kubernetes' own objects: any key goes, and Kubernetes checks them."""
+LARGEST = {
+    "service.port": 65535,
+    "ray.upgrade.maxSurgePercent": 100,
+    "ray.upgrade.stepSizePercent": 100,
+}
 
-LEAST = {"replicas", "monitoring.prometheusRule.ttftSeconds", "monitoring.prometheusRule.tpotSeconds"}
-"""Values for which more is checked than that they are not negative."""
+
+def _object(*required: str, optional: str = "") -> dict[str, Any]:
+    """An object of Kubernetes that has these keys and no other; what is in them, Kubernetes checks."""
+    keys = [*required, *optional.split()]
+    return {"type": "object", "additionalProperties": False, "properties": {key: {} for key in keys}} | (
+        {"required": list(required)} if required else {}
+    )
+
+
+TEXT = {"type": "string", "minLength": 1}
+WORDS = {"type": "object", "additionalProperties": {"type": "string"}}
+AMOUNTS = {"type": "object", "additionalProperties": {"type": ["string", "number"]}}
+VOLUMES = "hostPath emptyDir persistentVolumeClaim configMap secret projected csi nfs image ephemeral"
+SHAPES: dict[str, dict[str, Any]] = {
+    "annotations": WORDS,
+    "labels": WORDS,
+    "nodeSelector": WORDS,
+    "resources": {
+        **_object(optional="requests limits claims"),
+        "properties": {"requests": AMOUNTS, "limits": AMOUNTS, "claims": {"type": "array"}},
+    },
+    "affinity": _object(optional="nodeAffinity podAffinity podAntiAffinity"),
+    "podSecurityContext": {"type": "object"},
+    "containerSecurityContext": {"type": "object"},
+}
+"""Kubernetes' own objects, by the last part of their path. Security contexts are whole in Kubernetes' hands."""
+
+PEER = _object(optional="podSelector namespaceSelector ipBlock")
+TOLERATION = _object(optional="key operator value effect tolerationSeconds")
+SPREAD = _object(
+    "maxSkew",
+    "topologyKey",
+    "whenUnsatisfiable",
+    optional="labelSelector matchLabelKeys minDomains nodeAffinityPolicy nodeTaintsPolicy",
+)
+VARIABLE = _object("name", optional="value valueFrom")
+VARIABLE["properties"] = {"name": TEXT, "value": {"type": "string"}, "valueFrom": {"type": "object"}}
+ITEMS: dict[str, dict[str, Any]] = {
+    "pullSecrets": _object("name"),
+    "accessModes": {"enum": ["ReadWriteOnce", "ReadOnlyMany", "ReadWriteMany", "ReadWriteOncePod"]},
+    "tolerations": TOLERATION,
+    "topologySpreadConstraints": SPREAD,
+    "env": VARIABLE,
+    "volumes": _object("name", optional=VOLUMES),
+    "volumeMounts": _object("name", "mountPath", optional="readOnly subPath subPathExpr mountPropagation"),
+    "hosts": TEXT,
+    "hostnames": TEXT,
+    "parentRefs": _object("name", optional="namespace sectionName port group kind"),
+    "clients": PEER,
+    "monitoring": PEER,
+    "operator": PEER,
+}
+"""What is in a list, by the last part of its path."""
+
+POSITIVE = {"monitoring.prometheusRule.ttftSeconds", "monitoring.prometheusRule.tpotSeconds"}
+"""Values of which zero makes no sense."""
 
 ENGINE_ELSEWHERE = ("model", "tensor_parallel_size")
 """Engine options that the chart sets from other values."""
@@ -145,20 +201,23 @@ def infer(value: Any, path: str, comments: dict[str, str]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     if comments.get(path):
         result["description"] = comments[path]
-    if isinstance(value, dict):
-        result["type"] = "object"
-        if value and path.rpartition(".")[2] not in OPEN:
-            result["additionalProperties"] = False
-            result["properties"] = {
-                key: infer(item, f"{path}.{key}" if path else key, comments) for key, item in value.items()
-            }
+    last = path.rpartition(".")[2]
+    if isinstance(value, dict) and last in SHAPES:
+        result |= SHAPES[last]
+    elif isinstance(value, dict):
+        result |= {"type": "object", "additionalProperties": False}
+        result["properties"] = {
+            key: infer(item, f"{path}.{key}" if path else key, comments) for key, item in value.items()
+        }
     elif isinstance(value, list):
-        result["type"] = "array"
+        result |= {"type": "array", "items": ITEMS.get(last, {})}
     elif isinstance(value, bool):
         result["type"] = "boolean"
     elif isinstance(value, (int, float)):
         result |= {"type": "integer" if isinstance(value, int) else "number", "minimum": 0}
-        if path in LEAST:
+        if path in LARGEST:
+            result["maximum"] = LARGEST[path]
+        if path in POSITIVE:
             result |= {"type": "number", "exclusiveMinimum": 0}
     else:
         result["type"] = "string"
@@ -215,7 +274,18 @@ helm test dibit                                                             # as
 ```
 
 Presets: `values-h20-single.yaml`, `values-a100-tp4.yaml`, `values-h20-a100-pools.yaml`, and `values-cpu-demo.yaml` for
-a first try without a GPU. An unknown key is an error that names it. This page and `values.schema.json` are written by
+a first try without a GPU. An unknown key is an error that names it.
+
+* **Probes** are KubeRay's own, and the chart leaves them in place: liveness asks Ray's agent on each pod, readiness of
+  a worker Serve's proxy besides. Engines load inside Ray's actors, so a long load trips neither. A pod without a
+  replica of Serve has no proxy and is not ready: it gets no traffic, and holds up no drain.
+* **Upgrades**: what restarts pods, what doesn't, and how a running cluster learns new bounds, is in
+  [operations](../../docs/operations.md).
+* **Argo CD** and others that render away from the cluster: name a Secret in `ray.gcsFaultTolerance.passwordSecret`, or
+  each sync makes another password for the bundled Redis.
+* **Ports** and who may reach them are in [security](../../docs/security.md).
+
+This page and `values.schema.json` are written by
 `python helm/generate.py` from `values.yaml`; options in snake_case are those of `serve_config.yaml`.
 """
 

@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import jsonschema
@@ -14,8 +16,14 @@ import yaml
 
 CHART = Path(__file__).resolve().parents[2] / "helm" / "dibit"
 HELM = Path(sys.executable).parent / "helm"
-RAY_SCHEMA = Path(__file__).parent / "data" / "rayservice-v1.7.0.json.gz"
-NOT_KUBERNETES = {"RayService", "PodMonitor", "PrometheusRule", "HTTPRoute"}
+KUBERAY = yaml.safe_load((CHART / "Chart.yaml").read_text(encoding="utf-8"))["annotations"]["dibit/kuberay"]
+CUSTOM = {
+    "RayService": f"rayservice-{KUBERAY}",
+    "PodMonitor": "podmonitor-v0.93.0",
+    "PrometheusRule": "prometheusrule-v0.93.0",
+    "HTTPRoute": "httproute-v1.6.1",
+}
+"""Schemas of the kinds that Kubernetes itself doesn't have, in data/."""
 
 Objects = dict[tuple[str, str], dict[str, Any]]
 """Rendered objects by kind and name."""
@@ -36,20 +44,41 @@ def helm(*arguments: str, values: dict[str, Any] | None = None) -> str:
     return done.stdout
 
 
-def render(values: dict[str, Any] | None = None, *, preset: str | None = None) -> Objects:
+def render(
+    values: dict[str, Any] | None = None, *, preset: str | None = None, release: str = "test", chart: Path = CHART
+) -> Objects:
     """The objects of the chart with a preset, values, or both."""
     chosen = ["--values", str(CHART / preset)] if preset else []
-    text = helm("template", "test", str(CHART), "--namespace", "ml", *chosen, values=values)
+    text = helm("template", release, str(chart), "--namespace", "ml", *chosen, values=values)
     documents = [document for document in yaml.safe_load_all(text) if document]
     objects = {(document["kind"], document["metadata"]["name"]): document for document in documents}
     assert len(objects) == len(documents), "two objects of one kind and name"
     return objects
 
 
+def notes(values: dict[str, Any] | None = None, *, upgrade: bool = False) -> str:
+    """What helm says after an installation or an upgrade: NOTES.txt, which `helm template` leaves out."""
+    with TemporaryDirectory() as folder:
+        chart = Path(folder) / "dibit"
+        shutil.copytree(CHART, chart)
+        (chart / "templates" / "NOTES.txt").rename(chart / "notes")
+        (chart / "templates" / "notes.yaml").write_text('notes: {{ tpl (.Files.Get "notes") . | toJson }}')
+        options = ["--is-upgrade"] if upgrade else []
+        only = ["--show-only", "templates/notes.yaml"]
+        text = helm("template", "test", str(chart), "--namespace", "ml", *only, *options, values=values)
+    return str(yaml.safe_load(text)["notes"])
+
+
 def service(objects: Objects) -> dict[str, Any]:
     """The spec of the RayService."""
     (found,) = [document["spec"] for (kind, _), document in objects.items() if kind == "RayService"]
     return dict(found)
+
+
+def groups(objects: Objects) -> list[dict[str, Any]]:
+    """The head's group and the workers', in their order."""
+    cluster = service(objects)["rayClusterConfig"]
+    return [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
 
 
 def serve_config(objects: Objects) -> dict[str, Any]:
@@ -60,15 +89,16 @@ def serve_config(objects: Objects) -> dict[str, Any]:
 def validate(objects: Objects) -> None:
     """Check every object against the schema of its kind, refusing fields that Kubernetes would drop."""
     for (kind, _), document in objects.items():
-        if kind == "RayService":
-            ray_service().validate(document)
-        elif kind not in NOT_KUBERNETES:
+        if kind in CUSTOM:
+            custom(kind).validate(document)
+        else:
             kubernetes_validate.validate(document, "1.34", strict=True)
 
 
 @cache
-def ray_service() -> jsonschema.Draft202012Validator:
-    return jsonschema.Draft202012Validator(closed(json.loads(gzip.decompress(RAY_SCHEMA.read_bytes()))))
+def custom(kind: str) -> jsonschema.Draft202012Validator:
+    stored = Path(__file__).parent / "data" / f"{CUSTOM[kind]}.json.gz"
+    return jsonschema.Draft202012Validator(closed(json.loads(gzip.decompress(stored.read_bytes()))))
 
 
 def closed(schema: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from rendering import CHART, ChartError, Objects, helm, render, serve_config, service, validate
+from rendering import CHART, ChartError, Objects, groups, helm, render, serve_config, service, validate
 
 from deployments.config import AppConfig
 from deployments.observability.metrics import Metrics
@@ -127,7 +127,7 @@ def test_only_the_http_port_is_open_to_everybody() -> None:
 def test_metrics_are_closed_until_somebody_is_named() -> None:
     rules = render()[("NetworkPolicy", "test-dibit")]["spec"]["ingress"]
     opened = {port["port"] for rule in rules for port in rule.get("ports", [])}
-    assert opened == {8000, 8265, 52365}  # clients; and the operator's two
+    assert opened == {8000, 8265}  # clients; and the operator
 
 
 def test_secrets_come_from_secrets() -> None:
@@ -174,6 +174,21 @@ def test_workers_hold_the_engines(ranks: int, gpus: int, engines: int, pods: int
         ({"model": {"path": ""}}, ["model.path"]),
         ({"image": {"digest": "sha256:12"}}, ["image.digest"]),
         ({"httpRoute": {"enabled": True}}, ["httpRoute.parentRefs"]),
+        ({"pools": [{"name": "a", "replicas": {"min": 3, "max": 2}}]}, ["3 to 2"]),
+        ({"frontend": {"workers": {"min": 3}}}, ["3 to 2"]),
+        ({"frontend": {"haproxy": "yes"}}, ["frontend.haproxy"]),
+        ({"frontend": {"resources": {"limts": {}}}}, ["limts"]),
+        ({"frontend": {"affinity": {"nodeAffinty": {}}}}, ["nodeAffinty"]),
+        ({"frontend": {"nodeSelector": {"zone": 1}}}, ["nodeSelector.zone"]),
+        ({"frontend": {"topologySpreadConstraints": [{"maxSkew": 1}]}}, ["topologyKey"]),
+        ({"pools": [{"name": "a", "worker": {"tolerations": [{"kee": "x"}]}}]}, ["kee"]),
+        ({"pools": [{"name": "a", "worker": {"env": [{"name": "A", "value": 1}]}}]}, ["env.0.value"]),
+        ({"pools": [{"name": "a", "worker": {"volumes": [{"name": "v", "hostpath": {}}]}}]}, ["hostpath"]),
+        ({"ingress": {"hosts": [{"host": "a"}]}}, ["ingress.hosts.0"]),
+        ({"networkPolicy": {"clients": [{"podselector": {}}]}}, ["podselector"]),
+        ({"image": {"pullSecrets": ["name"]}}, ["image.pullSecrets.0"]),
+        ({"service": {"port": 65536}}, ["service.port"]),
+        ({"ray": {"upgrade": {"maxSurgePercent": 101}}}, ["maxSurgePercent"]),
     ],
 )
 def test_wrong_values_are_named(values: dict[str, Any], words: list[str]) -> None:
@@ -181,6 +196,53 @@ def test_wrong_values_are_named(values: dict[str, Any], words: list[str]) -> Non
         render(values)
     for word in words:
         assert word in str(refused.value)
+
+
+def test_the_schema_is_strict_at_every_level() -> None:
+    """Every object is closed, or says what is in it; every list says what its items are."""
+    schema = json.loads((CHART / "values.schema.json").read_text(encoding="utf-8"))
+    free = {"podSecurityContext", "containerSecurityContext", "global", "valueFrom"}  # Kubernetes' and Helm's own
+    open_ones = []
+
+    def walk(node: Any, path: str) -> None:
+        if not isinstance(node, dict):
+            return
+        if node.get("type") == "object" and "additionalProperties" not in node and path.rpartition(".")[2] not in free:
+            open_ones.append(path)
+        if node.get("type") == "array" and not node.get("items") and path.rpartition(".")[2] not in ("claims",):
+            open_ones.append(path)
+        for name, child in node.get("properties", {}).items():
+            walk(child, f"{path}.{name}")
+        for name, child in node.get("definitions", {}).items():
+            walk(child, name)
+        for child in [node.get("items"), node.get("additionalProperties"), *node.get("anyOf", [])]:
+            walk(child, path)
+
+    walk(schema, "")
+    assert open_ones == []
+
+
+def test_groups_of_pods_are_placed_as_asked() -> None:
+    worker = {
+        "priorityClassName": "inference",
+        "volumes": [{"name": "disk", "hostPath": {"path": "/mnt/nvme"}}],
+        "volumeMounts": [{"name": "disk", "mountPath": "/scratch"}],
+    }
+    objects = render({"pools": [{"name": "a", "worker": worker}], "ray": {"head": {"priorityClassName": "system"}}})
+    validate(objects)
+    head, frontend, pool = (group["template"]["spec"] for group in groups(objects))
+    assert (head["priorityClassName"], pool["priorityClassName"]) == ("system", "inference")
+    assert worker["volumes"][0] in pool["volumes"]
+    assert worker["volumeMounts"][0] in pool["containers"][0]["volumeMounts"]
+    (spread,) = frontend["topologySpreadConstraints"]
+    labels = groups(objects)[1]["template"]["metadata"]["labels"]
+    assert spread["labelSelector"]["matchLabels"].items() <= labels.items()
+    assert spread["labelSelector"]["matchLabels"]["app.kubernetes.io/component"] == "frontend"
+    own = [{**spread, "labelSelector": {"matchLabels": {"a": "b"}}}]
+    (kept,) = groups(render({"frontend": {"topologySpreadConstraints": own}}))[1]["template"]["spec"][
+        "topologySpreadConstraints"
+    ]
+    assert kept["labelSelector"] == {"matchLabels": {"a": "b"}}
 
 
 def test_bundled_redis_makes_way_for_another() -> None:
@@ -200,7 +262,16 @@ def test_alerts_ask_for_metrics_that_exist() -> None:
     assert asked <= metrics
     for rule in rules:
         assert rule["expr"].count("(") == rule["expr"].count(")")
-        assert 'namespace="ml"' in rule["expr"]
+        assert rule["expr"].count('namespace="ml",release="test"') == rule["expr"].count("ray_dibit_")
+
+
+def test_scrapes_have_the_label_that_alerts_ask_for() -> None:
+    objects = render(EVERYTHING)
+    (endpoint,) = objects[("PodMonitor", "test-dibit")]["spec"]["podMetricsEndpoints"]
+    made = {step["targetLabel"]: step["sourceLabels"] for step in endpoint["relabelings"]}
+    assert made["release"] == ["__meta_kubernetes_pod_label_app_kubernetes_io_instance"]
+    for group in groups(objects):
+        assert group["template"]["metadata"]["labels"]["app.kubernetes.io/instance"] == "test"
 
 
 def test_the_dashboard_is_in_the_chart() -> None:

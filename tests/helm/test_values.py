@@ -44,7 +44,12 @@ def all_values(draw: st.DrawFn) -> dict[str, Any]:
         "nameOverride": draw(st.sampled_from(["", "x", "a-name-of-more-than-forty-characters-is-cut-somewhere"])),
         "pools": draw(st.lists(pools(), min_size=1, max_size=3, unique_by=lambda pool: pool["name"])),
         "engine": draw(st.sampled_from([{}, {"max_model_len": 4096, "kv_cache_dtype": "int8"}])),
-        "frontend": {"replicas": draw(bounds(1)), "nodeSelector": draw(LABELS)},
+        "frontend": {
+            "replicas": draw(bounds(1)),
+            "nodeSelector": draw(LABELS),
+            "haproxy": draw(st.booleans()),
+            "priorityClassName": draw(st.sampled_from(["", "high"])),
+        },
         "model": {"cache": {"type": draw(st.sampled_from(["pvc", "hostPath", "emptyDir"]))}},
         "ray": {
             "autoscaler": {"enabled": draw(st.booleans())},
@@ -53,7 +58,11 @@ def all_values(draw: st.DrawFn) -> dict[str, Any]:
             "upgrade": {"type": draw(st.sampled_from(["NewCluster", "None"]))},
         },
         "networkPolicy": {"enabled": draw(st.booleans())},
-        "podDisruptionBudget": {"enabled": draw(st.booleans())},
+        "podDisruptionBudget": {"enabled": draw(st.booleans()), "maxUnavailable": draw(st.integers(0, 3))},
+        "monitoring": {
+            "podMonitor": {"enabled": draw(st.booleans())},
+            "prometheusRule": {"enabled": draw(st.booleans())},
+        },
         "serviceAccount": {"create": draw(st.booleans()), "annotations": draw(LABELS)},
         "service": {"port": draw(st.integers(1, 65535)), "annotations": draw(LABELS)},
     }

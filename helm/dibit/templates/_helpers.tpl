@@ -2,24 +2,34 @@
 {{- default .Chart.Name .Values.nameOverride | trunc 40 | trimSuffix "-" }}
 {{- end }}
 
-{{/* Short enough that KubeRay's suffixes fit a label. */}}
+{{/* Short enough that KubeRay's suffixes fit a label (it takes 47 characters), and a name that it takes at all. */}}
 {{- define "dibit.fullname" -}}
+{{- $name := printf "%s-%s" .Release.Name (include "dibit.name" .) -}}
 {{- if .Values.fullnameOverride -}}
-{{- .Values.fullnameOverride | trunc 40 | trimSuffix "-" }}
+{{- $name = .Values.fullnameOverride -}}
 {{- else if contains (include "dibit.name" .) .Release.Name -}}
-{{- .Release.Name | trunc 40 | trimSuffix "-" }}
-{{- else -}}
-{{- printf "%s-%s" .Release.Name (include "dibit.name" .) | trunc 40 | trimSuffix "-" }}
-{{- end }}
+{{- $name = .Release.Name -}}
+{{- end -}}
+{{- $name = $name | trunc 40 | trimSuffix "-" -}}
+{{- if not (regexMatch "^[a-z]([a-z0-9-]*[a-z0-9])?$" $name) -}}
+{{- fail (printf "%q can name no RayService: it needs a letter first, then letters, digits and hyphens; set fullnameOverride" $name) -}}
+{{- end -}}
+{{- $name }}
 {{- end }}
 
+{{/*
+What all pods of the release have. Without app.kubernetes.io/name: KubeRay gives Ray's pods one of its own, by which
+the Service of the head finds its pod.
+*/}}
 {{- define "dibit.selector" -}}
-app.kubernetes.io/name: {{ include "dibit.name" . }}
+app.kubernetes.io/part-of: {{ include "dibit.name" . }}
 app.kubernetes.io/instance: {{ .Release.Name }}
 {{- end }}
 
+{{/* Of objects; not of pods, which another version of the chart alone would restart. */}}
 {{- define "dibit.labels" -}}
 helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
+app.kubernetes.io/name: {{ include "dibit.name" . }}
 {{ include "dibit.selector" . }}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
 app.kubernetes.io/managed-by: {{ .Release.Service }}
@@ -52,6 +62,9 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{/* {min, max} of a number or of bounds, as JSON. */}}
 {{- define "dibit.bounds" -}}
 {{- if kindIs "map" . -}}
+{{- if gt (int (dig "min" 1 .)) (int .max) -}}
+{{- fail (printf "bounds from %d to %d: min exceeds max" (int (dig "min" 1 .)) (int .max)) }}
+{{- end -}}
 {{- dict "min" (int (dig "min" 1 .)) "max" (int .max) | toJson }}
 {{- else -}}
 {{- dict "min" (int .) "max" (int .) | toJson }}
@@ -86,6 +99,38 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- end }}
 {{- end }}
 
+{{/* Engines of a pool that one pod holds; 0 if one engine takes several pods. */}}
+{{- define "dibit.perPod" -}}
+{{- $gpus := include "dibit.gpus" . | int -}}
+{{- eq $gpus 0 | ternary 1 (div $gpus (dig "tensor_parallel_size" 1 . | int)) }}
+{{- end }}
+
+{{/* CPUs that Ray counts in a pod, as KubeRay reads them (rounded up, limits first); empty if nothing says. */}}
+{{- define "dibit.cpus" -}}
+{{- $worker := .worker | default dict -}}
+{{- $cpu := dig "resources" "limits" "cpu" (dig "resources" "requests" "cpu" "" $worker) $worker | toString -}}
+{{- if $worker.rayCpus -}}
+{{- $worker.rayCpus }}
+{{- else if hasSuffix "m" $cpu -}}
+{{- divf (trimSuffix "m" $cpu) 1000 | ceil }}
+{{- else if $cpu -}}
+{{- ceil $cpu }}
+{{- end }}
+{{- end }}
+
+{{/* Refuse a pod in which Ray has too few CPUs for its engines: the last of them would wait for ever. */}}
+{{- define "dibit.checkCpus" -}}
+{{- $perPod := include "dibit.perPod" . | int -}}
+{{- $ranks := dig "tensor_parallel_size" 1 . | int -}}
+{{- $inPod := gt $perPod 0 | ternary (mul $perPod $ranks) (include "dibit.gpus" . | int) -}}
+{{- $rank := .num_cpus | default (.accelerator_type | empty | ternary 0.25 1.0) -}}
+{{- $asked := addf (mulf $inPod $rank) (mulf 0.1 (max 1 $perPod)) -}}
+{{- $cpus := include "dibit.cpus" . -}}
+{{- if and $cpus (gt $asked (float64 $cpus)) -}}
+{{- fail (printf "pools.%s: Ray has %s CPU(s) in a pod (worker.rayCpus, or worker.resources), and the engines in it ask for %v: %d rank(s) of %v and 0.1 for each engine" .name $cpus $asked $inPod $rank) }}
+{{- end -}}
+{{- end }}
+
 {{/* What `args` of the application is: the very names of serve_config.yaml. */}}
 {{- define "dibit.args" -}}
 {{- $pools := list -}}
@@ -95,7 +140,16 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- fail (printf "pools: %q is taken, by another pool or by the group of pods that is called frontend" .name) }}
 {{- end -}}
 {{- $_ := set $names .name true -}}
-{{- $pools = append $pools (omit . "worker") -}}
+{{- include "dibit.checkCpus" . -}}
+{{- $pool := omit . "worker" -}}
+{{- if eq (include "dibit.perPod" .) "0" -}}
+{{- if eq (dig "across_nodes" true .) false -}}
+{{- fail (printf "pools.%s: across_nodes is false, and no pod has the %d GPUs of an engine (worker.gpus is %s)" .name (int .tensor_parallel_size) (include "dibit.gpus" .)) }}
+{{- end -}}
+{{- /* Said, because before the first pod is there nothing else tells the application. */ -}}
+{{- $_ := set $pool "across_nodes" true -}}
+{{- end -}}
+{{- $pools = append $pools $pool -}}
 {{- end -}}
 {{- $args := dict "model" .Values.model.path "engine" .Values.engine "pools" $pools "ingress" (dict "replicas" .Values.frontend.replicas) -}}
 {{- if .Values.model.served_model_name -}}
@@ -136,4 +190,39 @@ applications:
     {{- end }}
     args:
       {{- include "dibit.args" . | nindent 6 }}
+{{- end }}
+
+{{/* "true" if KubeRay makes the Gateway and the Services itself, and none by the name given to it. */}}
+{{- define "dibit.incremental" -}}
+{{- $upgrade := .Values.ray.upgrade -}}
+{{- if eq $upgrade.type "NewClusterWithIncrementalUpgrade" -}}
+{{- if not $upgrade.gatewayClassName -}}
+{{- fail "ray.upgrade.gatewayClassName is empty; NewClusterWithIncrementalUpgrade needs a GatewayClass" }}
+{{- else if not .Values.ray.autoscaler.enabled -}}
+{{- fail "ray.autoscaler.enabled is false; NewClusterWithIncrementalUpgrade needs the autoscaler" }}
+{{- else if gt (int $upgrade.stepSizePercent) (int $upgrade.maxSurgePercent) -}}
+{{- fail "ray.upgrade.stepSizePercent exceeds maxSurgePercent; traffic can't move faster than capacity" }}
+{{- else if or .Values.ingress.enabled .Values.httpRoute.enabled -}}
+{{- fail "ingress.enabled or httpRoute.enabled: with NewClusterWithIncrementalUpgrade KubeRay makes a Gateway and an HTTPRoute of its own, and no Service that these could name" }}
+{{- end -}}
+true
+{{- end }}
+{{- end }}
+
+{{/* A JSON patch of a RayCluster with the bounds of all its groups, in the order of rayservice.yaml. */}}
+{{- define "dibit.boundsPatch" -}}
+{{- $groups := list (dict "min" (int .Values.frontend.workers.min) "max" (int .Values.frontend.workers.max)) -}}
+{{- range .Values.pools -}}
+{{- $bounds := include "dibit.bounds" (.replicas | default 1) | fromJson -}}
+{{- $groups = append $groups (dict "min" (include "dibit.workers" (list . $bounds.min) | int) "max" (include "dibit.workers" (list . $bounds.max) | int)) -}}
+{{- end -}}
+{{- $patch := list -}}
+{{- range $index, $group := $groups -}}
+{{- $path := printf "/spec/workerGroupSpecs/%d" $index -}}
+{{- $patch = concat $patch (list (dict "op" "replace" "path" (printf "%s/minReplicas" $path) "value" $group.min) (dict "op" "replace" "path" (printf "%s/maxReplicas" $path) "value" $group.max)) -}}
+{{- if not $.Values.ray.autoscaler.enabled -}}
+{{- $patch = append $patch (dict "op" "replace" "path" (printf "%s/replicas" $path) "value" $group.max) -}}
+{{- end -}}
+{{- end -}}
+{{- toJson $patch }}
 {{- end }}

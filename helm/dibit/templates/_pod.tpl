@@ -1,13 +1,18 @@
 {{/*
-The pod of a Ray node. A dictionary: root, container (its name), resources, sharedMemory, ports, env, and of the group:
-nodeSelector, tolerations, affinity, annotations, runtimeClassName, component.
+The pod of a Ray node. A dictionary: root, component, container (its name), sharedMemory, ports, and of the group's
+values: resources, env, volumes, volumeMounts, nodeSelector, tolerations, affinity, topologySpreadConstraints,
+priorityClassName, runtimeClassName, annotations.
+
+No probes stand here, so that KubeRay adds its own (initLivenessAndReadinessProbe in its pod.go): they ask Ray's agent
+whether the node is well, and of a worker's readiness Serve's proxy besides. Engines load inside actors, so a node is
+well meanwhile. It also adds the start command, the restart policy and a container that waits for the head.
 */}}
 {{- define "dibit.pod" -}}
 {{- $root := .root -}}
 {{- $cache := $root.Values.model.cache -}}
 metadata:
   labels:
-    {{- include "dibit.labels" $root | nindent 4 }}
+    {{- include "dibit.selector" $root | nindent 4 }}
     app.kubernetes.io/component: {{ .component }}
   {{- with .annotations }}
   annotations:
@@ -28,6 +33,9 @@ spec:
   {{- with .runtimeClassName }}
   runtimeClassName: {{ . }}
   {{- end }}
+  {{- with .priorityClassName }}
+  priorityClassName: {{ . }}
+  {{- end }}
   {{- with .nodeSelector }}
   nodeSelector:
     {{- toYaml . | nindent 4 }}
@@ -39,6 +47,13 @@ spec:
   {{- with .affinity }}
   affinity:
     {{- toYaml . | nindent 4 }}
+  {{- end }}
+  {{- with .topologySpreadConstraints }}
+  {{- $own := dict "matchLabels" (merge (dict "app.kubernetes.io/component" $.component) (include "dibit.selector" $root | fromYaml)) }}
+  topologySpreadConstraints:
+    {{- range . }}
+    - {{- toYaml (hasKey . "labelSelector" | ternary . (set (deepCopy .) "labelSelector" $own)) | nindent 6 }}
+    {{- end }}
   {{- end }}
   containers:
     - name: {{ .container }}
@@ -62,6 +77,10 @@ spec:
           valueFrom:
             secretKeyRef: {name: {{ . }}, key: {{ $root.Values.model.hub.tokenKey }}}
         {{- end }}
+        {{- if $root.Values.frontend.haproxy }}
+        # Serve's controller, proxies and replicas all read it. Its files are below /tmp/haproxy-serve.
+        - {name: RAY_SERVE_ENABLE_HA_PROXY, value: "1"}
+        {{- end }}
         {{- with .env }}
         {{- toYaml . | nindent 8 }}
         {{- end }}
@@ -74,6 +93,9 @@ spec:
         - {name: models, mountPath: {{ $cache.mountPath }}, readOnly: {{ or $cache.readOnly (eq $cache.type "image") }}}
         {{- if $root.Values.apiKeys.secret }}
         - {name: api-keys, mountPath: /etc/dibit/keys, readOnly: true}
+        {{- end }}
+        {{- with .volumeMounts }}
+        {{- toYaml . | nindent 8 }}
         {{- end }}
   volumes:
     - {name: tmp, emptyDir: {}}
@@ -94,5 +116,8 @@ spec:
     {{- if $root.Values.apiKeys.secret }}
     - name: api-keys
       secret: {secretName: {{ $root.Values.apiKeys.secret }}}
+    {{- end }}
+    {{- with .volumes }}
+    {{- toYaml . | nindent 4 }}
     {{- end }}
 {{- end }}
