@@ -1,9 +1,9 @@
 """Whole decode steps of a model that need not be there: its shapes, and random packed weights made on the GPU itself.
 
-``python -m benchmarks.full_size`` runs ERNIE-4.5-300B-A47B in one of two layouts: "baidu" (that of its 2-bit
+``python -m benchmarks.full_size`` runs ERNIE-4.5-300B-A47B in one of two layouts: "wint2" (that of Baidu's 2-bit
 checkpoint; 93.8 GB of weights) or "tight" (experts in 2 bits, the rest in 4, int8 cache; one card of 80 GB). What
 it computes is noise, what it reads and launches is what a served model does: the engine's own model, runner and CUDA
-graphs. ``--plan-only`` prints the bytes by part and needs no GPU.
+graphs. ``dibit plan`` has the bytes by part.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,10 +21,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.memory_plan import SPARE_BYTES, USABLE_BYTES, Plan, plan
 from benchmarks.random_weights import RandomWeights
 from benchmarks.report import context, percentile, write
-from benchmarks.scales import MODELS, Layout, layout
+from benchmarks.scales import LAYOUTS, MODELS
 from benchmarks.timing import copy_bandwidth, pick_device
 from engine.config import ModelConfig
 from engine.execution import kv_cache
@@ -33,6 +32,8 @@ from engine.execution.graphs import CudaCapture
 from engine.execution.parallel import TensorParallelGroup
 from engine.execution.runner import ModelRunner
 from engine.models import build_model
+from engine.planning.layouts import Layout, find_layout
+from engine.planning.weights import weigh
 
 BLOCK_SIZE = 16
 BATCHES = {"300b": (1, 8, 32, 64), "21b": (1, 8, 32, 64), "tiny": (1, 2)}
@@ -45,7 +46,7 @@ ROOM_BYTES = 2 * 10**9
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--scale", choices=tuple(MODELS), default="300b")
-    parser.add_argument("--layout", choices=("baidu", "tight"), default="baidu")
+    parser.add_argument("--layout", choices=LAYOUTS, default="wint2")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--batches", type=int, nargs="+")
     parser.add_argument("--contexts", type=int, nargs="+")
@@ -55,32 +56,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--codebooks",
         choices=("one", "columns"),
         help="of a WINT2 matrix: one, as `dibit quantize` writes, or one a column, as Baidu's files may have; "
-        "default: columns in baidu, one in tight",
+        "default: columns in wint2, one in tight",
     )
-    parser.add_argument("--plan-only", action="store_true", help="print the memory plan and end")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--write", action="store_true", help="keep the result in benchmarks/results/")
     options = parser.parse_args(arguments)
     model = MODELS[options.scale]
-    chosen = layout(options.layout, model)
+    chosen = find_layout(options.layout, model)
     if options.codebooks is not None:
         chosen = replace(chosen, one_codebook=options.codebooks == "one")
-    dtype = torch.float32 if options.device == "cpu" else torch.bfloat16
-    planned = plan(
-        model,
-        chosen.formats,
-        embeddings=chosen.embeddings,
-        kv_dtype=chosen.kv_dtype or torch.bfloat16,
-        one_codebook=chosen.one_codebook,
-    )
-    if options.plan_only:
-        _show_plan(planned, options)
-        return
     device = pick_device(options.device)
     if device.type == "cpu" and options.scale != "tiny":
-        sys.exit("a CPU takes --scale tiny only; --plan-only prints the bytes of the other models")
+        sys.exit("a CPU takes --scale tiny only; `dibit plan` prints the bytes of the other models")
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     result = context(["torch"]) | {"scale": options.scale, "layout": options.layout, "device": _device_name(device)}
-    result |= _run(model, chosen, planned, options, device=device, dtype=dtype)
+    result |= _run(model, chosen, options, device=device, dtype=dtype)
     if options.write:
         print(write("full-size", result), file=sys.stderr)
     if options.json:
@@ -92,7 +82,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _run(
     model: ModelConfig,
     chosen: Layout,
-    planned: Plan,
     options: argparse.Namespace,
     *,
     device: torch.device,
@@ -116,11 +105,12 @@ def _run(
             device=device,
             quantize_embeddings=chosen.embeddings,
         )
-    kv_dtype = chosen.kv_dtype or dtype
+    kv_dtype = torch.int8 if chosen.name == "tight" else dtype
     block_bytes = kv_cache.block_bytes(model, model.num_key_value_heads, block_size=BLOCK_SIZE, dtype=kv_dtype)
     batches = options.batches or BATCHES[options.scale]
     contexts = options.contexts or CONTEXTS[options.scale]
     room = _room(device, block_bytes)
+    planned = weigh(model, chosen)
     wanted = [(b, c, b * -(-c // BLOCK_SIZE)) for c in contexts for b in batches]
     fitting = [blocks for _, _, blocks in wanted if blocks < room]
     if not fitting:
@@ -145,7 +135,7 @@ def _run(
             continue
         seconds = _decode_seconds(runner, batch, length, options.steps, vocab_size=model.vocab_size)
         median = percentile(seconds, 50)
-        read = planned.read(batch, length)
+        read = planned.read(batch, model) + batch * length * block_bytes // BLOCK_SIZE
         steps.append(
             {
                 "batch": batch,
@@ -160,7 +150,7 @@ def _run(
     return {
         "copy_bytes_per_second": round(bandwidth),
         "seconds_to_make_the_model": round(ready, 1),
-        "planned_weight_bytes": planned.weights,
+        "planned_weight_bytes": planned.total,
         "memory": _memory(device) | {"kv_cache_bytes": cache.num_blocks * block_bytes},
         "steps": steps,
     }
@@ -233,44 +223,6 @@ def _show(result: dict[str, Any]) -> None:
     console.print(f"{result['scale']}, {result['layout']}, on {result['device']}")
     console.print(table)
     console.print(f"copy bandwidth {result['copy_bytes_per_second'] / 1e9:,.1f} GB/s; memory {result['memory']}")
-
-
-def _show_plan(planned: Plan, options: argparse.Namespace) -> None:
-    batches = options.batches or BATCHES[options.scale]
-    reads = {
-        f"batch {b}, context {c}": round(planned.read(b, c))
-        for c in options.contexts or CONTEXTS[options.scale]
-        for b in batches
-    }
-    tokens = planned.cache_tokens(USABLE_BYTES, SPARE_BYTES)
-    record = asdict(planned)
-    del record["model"]
-    result = context(["torch"]) | {"scale": options.scale, "layout": options.layout} | record
-    result |= {
-        "weights": planned.weights,
-        "read_bytes": reads,
-        "usable_bytes": USABLE_BYTES,
-        "spare_bytes": SPARE_BYTES,
-        "cache_tokens": tokens,
-    }
-    if options.write:
-        print(write("memory-plan", result), file=sys.stderr)
-    if options.json:
-        print(json.dumps(result, indent=2))
-        return
-    table = Table("part", "GB", title=f"{options.scale}, {options.layout}: {planned.weights / 1e9:.2f} GB of weights")
-    for part, size in planned.parts.items():
-        table.add_row(part, f"{size / 1e9:.3f}")
-    console = Console(highlight=False)
-    console.print(table)
-    console.print(
-        f"A token of KV cache takes {planned.token:,} bytes. One card of 80 GB ({USABLE_BYTES / 1e9:.1f} GB usable, "
-        f"{SPARE_BYTES / 1e9:.1f} GB for activations and graphs) "
-        + (f"has room for {tokens:,} tokens." if tokens > 0 else "is too small.")
-    )
-    console.print("A decode step reads:")
-    for name, size in reads.items():
-        console.print(f"  {name}: {size / 1e9:.2f} GB")
 
 
 if __name__ == "__main__":

@@ -9,15 +9,20 @@ import yaml
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.planning.advice import Offer
+from engine.quantization.vocabulary import QuantizeEmbeddings
 
 Target = Literal["serve-config", "helm-values"]
 DEFAULTS = EngineConfig(model="")
-EMBEDDINGS = {"wint8": "int8", "wint4": "int4"}
-"""Formats of the vocabulary's matrices as the engine's option has them."""
 
 
 def emit(
-    target: Target, offer: Offer, *, model: str, engine: EngineConfig, command: str, vocabulary: str = "bf16"
+    target: Target,
+    offer: Offer,
+    *,
+    model: str,
+    engine: EngineConfig,
+    command: str,
+    embeddings: QuantizeEmbeddings | None = None,
 ) -> str:
     """The file's text.
 
@@ -27,7 +32,7 @@ def emit(
         model: folder or repository of the weights.
         engine: the engine options that the plan was made with.
         command: how to make the file again, for its first line.
-        vocabulary: format of the embedding and the head that the plan was made with.
+        embeddings: how the plan rounds embedding and head.
 
     Raises:
         ConfigError: the card has no name by which Ray finds it.
@@ -38,21 +43,20 @@ def emit(
             f"{card.name!r} has no name that Ray knows; name a GPU of the table, or write the file by hand"
         )
     options: dict[str, Any] = {"max_model_len": fit.demand.context}
-    for name in ("gpu_memory_utilization", "max_num_seqs", "max_num_batched_tokens", "enforce_eager"):
+    for name in ("gpu_memory_utilization", "max_num_seqs", "max_num_batched_tokens", "enforce_eager", "quantization"):
         if getattr(engine, name) != getattr(DEFAULTS, name):
             options[name] = getattr(engine, name)
     if fit.demand.kv_dtype == "int8":
         options["kv_cache_dtype"] = "int8"
-    if vocabulary in EMBEDDINGS:
-        options["quantize_embeddings"] = EMBEDDINGS[vocabulary]
+    if embeddings is not None:
+        options["quantize_embeddings"] = embeddings
     pool = {
         "name": card.accelerator_type.lower(),
         "accelerator_type": card.accelerator_type,
         "tensor_parallel_size": fit.tensor_parallel_size,
         "replicas": {"min": offer.engines, "max": offer.engines},
     }
-    engines = f"{offer.engines} engine(s) of {fit.tensor_parallel_size}"
-    head = f"# Written by: {command}\n# {offer.cards} x {card.name}: {engines}.\n"
+    head = f"# Written by: {command}\n# {offer}.\n"
     made = _serve_config(model, options, pool) if target == "serve-config" else _helm_values(model, options, pool)
     return head + yaml.safe_dump(made, sort_keys=False)
 

@@ -1,1 +1,4 @@
-"""What each subcommand of ``dibit`` does; imported only when it runs, as they need heavy libraries."""
+"""What each subcommand of ``dibit`` does, and in ``arguments`` what it takes.
+
+All but ``arguments`` and ``keys`` need heavy libraries, and are imported only when they run.
+"""

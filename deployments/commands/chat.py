@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,9 @@ from rich.console import Console
 from rich.prompt import Prompt
 
 from engine.errors import DibitError
+
+API_KEY = "DIBIT_API_KEY"
+"""The environment variable with the key to send: a command line would show it to every user of the machine."""
 
 HELP = "/new starts over, /quit or Ctrl-D ends, Ctrl-C stops an answer."
 
@@ -88,6 +92,8 @@ class Conversation:
                 f"no server answers at {self._options.url} ({error}); start one with 'dibit serve', or name another "
                 "with --url"
             ) from None
+        if response.status_code == 401:
+            raise ChatError(f"{_message(response)}; dibit chat sends the one in the environment variable {API_KEY}")
         try:
             return str(response.json()["data"][0]["id"])
         except (ValueError, LookupError, TypeError):
@@ -103,7 +109,9 @@ def run_chat(question: str | None, options: ChatOptions) -> None:
         ChatError: the server can't be reached, or refused the one question.
     """
     console = Console(highlight=False)
-    with httpx.Client(base_url=options.url, timeout=httpx.Timeout(10.0, read=None)) as http:
+    key = os.environ.get(API_KEY)
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    with httpx.Client(base_url=options.url, headers=headers, timeout=httpx.Timeout(10.0, read=None)) as http:
         conversation = Conversation(http, options)
         if question is not None:
             _show(console, conversation.ask(question))

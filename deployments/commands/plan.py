@@ -3,43 +3,49 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
-from rich.table import Table
 
+from deployments.commands.plan_tables import show_cards, show_grid, show_offers, show_parts
 from deployments.emit import emit
 from engine.config import EngineConfig, ModelConfig
 from engine.errors import ConfigError
 from engine.planning.advice import Offer, offers
 from engine.planning.cards import CARDS, Card, find_card
 from engine.planning.families import FAMILIES, REPOSITORIES, find_model
+from engine.planning.grid import Cell, grid
 from engine.planning.layouts import LAYOUTS, Layout, find_layout
-from engine.planning.plan import Demand, Fit, fits, least
+from engine.planning.plan import Demand, Fit, fits
 
-CONTEXTS = tuple(1024 * 2**power for power in range(8))
-"""1K to 128K, for ``--table`` and the plot."""
+MOST_SEQS = 256
+DEFAULTS = EngineConfig(model="")
 
 
 @dataclass(frozen=True, slots=True)
 class PlanOptions:
-    """Options of ``dibit plan``; ``layout`` None is "stored" for a checkpoint, and "wint2" or "bpdq" for a name."""
+    """Options of ``dibit plan``.
+
+    ``layout`` None is "stored" for a checkpoint, and "wint2" or "bpdq" for a name; ``max_num_seqs`` None is the
+    engine's default, or as many sequences as there are, up to `MOST_SEQS`.
+    """
 
     model: str
     layout: str | None = None
     planes: Literal[2, 3, 4] = 2
     group_size: int = 256
-    vocabulary: str | None = None
+    embeddings: str | None = None
     kv_dtype: Literal["bf16", "int8"] = "bf16"
     context: int = 32768
     concurrency: int = 1
     gpus: Sequence[str] = ()
     utilization: float = 0.9
-    max_num_seqs: int = 64
+    max_num_seqs: int | None = None
     max_num_batched_tokens: int = 2048
     enforce_eager: bool = False
     table: bool = False
@@ -47,6 +53,26 @@ class PlanOptions:
     plot: Path | None = None
     emit: Literal["serve-config", "helm-values"] | None = None
     weights: str | None = None
+
+
+ROUNDED: dict[str, Literal["wint8", "wint4"]] = {"wint8": "wint8", "wint4": "wint4"}
+"""Layouts that an engine makes of unquantized weights as it loads them, and its option for that."""
+FLAGS = {
+    "layout": "--format",
+    "planes": "--bits",
+    "group_size": "--group-size",
+    "embeddings": "--quantize-embeddings",
+    "kv_dtype": "--kv-dtype",
+    "context": "--context",
+    "concurrency": "--concurrency",
+    "utilization": "--gpu-memory-utilization",
+    "max_num_seqs": "--max-num-seqs",
+    "max_num_batched_tokens": "--max-num-batched-tokens",
+    "enforce_eager": "--enforce-eager",
+    "weights": "--weights",
+    "emit": "--emit",
+}
+"""Options that an emitted file depends on, as they are typed."""
 
 
 def run_plan(options: PlanOptions) -> None:
@@ -62,7 +88,7 @@ def run_plan(options: PlanOptions) -> None:
     engine = EngineConfig(
         model="",
         gpu_memory_utilization=options.utilization,
-        max_num_seqs=options.max_num_seqs,
+        max_num_seqs=options.max_num_seqs or max(DEFAULTS.max_num_seqs, min(options.concurrency, MOST_SEQS)),
         max_num_batched_tokens=options.max_num_batched_tokens,
         enforce_eager=options.enforce_eager,
     )
@@ -74,36 +100,39 @@ def run_plan(options: PlanOptions) -> None:
     if options.emit:
         if not found:
             raise ConfigError(_nothing(layout, demand, cards))
-        weights = options.weights or (None if built_in else options.model)
-        weights = weights or REPOSITORIES.get((options.model.lower(), layout.name))
-        if weights is None:
-            raise ConfigError(f"no {layout.name} weights of {options.model} are published; name yours with --weights")
+        weights, on_load = _weights(options, layout, built_in=built_in)
         sys.stdout.write(
             emit(
                 options.emit,
                 found[0],
                 model=weights,
-                engine=engine,
+                engine=engine.model_copy(update={"quantization": on_load}),
                 command=_command(options),
-                vocabulary=layout.vocabulary.name,
+                embeddings=layout.embeddings,
             )
         )
         return
     rows = {card.name: fits(model, layout, demand, card=card, engine=engine) for card in cards}
-    grid = _grid(options, model, engine, cards) if options.table or options.plot else []
+    cells = grid(model, _layouts(options, model), demand, cards, engine) if options.table or options.plot else []
     if options.plot:
         from deployments.commands.memory_plot import plot
 
-        plot(grid, cards, options.plot, title=f"{options.model}, {options.concurrency} at once, {options.kv_dtype} KV")
+        plot(cells, cards, options.plot, title=f"{options.model}, {options.concurrency} at once, {options.kv_dtype} KV")
     if options.as_json:
-        sys.stdout.write(json.dumps(_record(options, layout, rows, found, grid), indent=2) + "\n")
+        sys.stdout.write(json.dumps(_record(options, layout, rows, found, cells), indent=2) + "\n")
         return
     console = Console()
     if options.table:
-        _show_grid(console, options, grid)
+        show_grid(console, cells, demand, title=options.model)
+        return
+    if not any(rows.values()):
+        raise ConfigError(f"the model can't be cut for any tensor-parallel size in {layout.name}")
+    show_parts(console, next(row[0] for row in rows.values() if row), title=f"{options.model} in {layout.name}")
+    show_cards(console, rows, demand)
+    if found:
+        show_offers(console, found)
     else:
-        _show(console, options, layout, rows)
-        _recommend(console, layout, demand, cards, found)
+        console.print(f"[bold red]{_nothing(layout, demand, cards)}[/]")
 
 
 def _usual(model: ModelConfig, *, built_in: bool) -> str:
@@ -112,104 +141,18 @@ def _usual(model: ModelConfig, *, built_in: bool) -> str:
     return "wint2" if model.moe else "bpdq"
 
 
-def _layout(options: PlanOptions, model: ModelConfig, name: str) -> Layout:
-    return find_layout(name, model, planes=options.planes, group_size=options.group_size, vocabulary=options.vocabulary)
-
-
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """One place of the grid: bytes of one card, at the tensor-parallel size that the row is about."""
-
-    layout: str
-    context: int
-    tensor_parallel_size: int
-    weights: int
-    cache: int
-    rest: int
-
-    @property
-    def total(self) -> int:
-        """All that the card must hold."""
-        return self.weights + self.cache + self.rest
-
-
-def _grid(options: PlanOptions, model: ModelConfig, engine: EngineConfig, cards: list[Card]) -> list[Cell]:
-    """Formats by contexts: of each format all contexts at the least size that holds one sequence of any."""
-    cells = []
-    names = [options.layout] if options.layout else [name for name in LAYOUTS if name != "stored"]
-    for name in names:
-        try:
-            layout = _layout(options, model, name)
-        except ConfigError:
-            continue  # a format for experts, and the model has none
-        demand = Demand(options.context, options.concurrency, options.kv_dtype)
-        largest = max(cards, key=lambda card: card.memory_bytes)
-        candidates = fits(model, layout, demand, card=largest, engine=engine)
-        chosen = least(candidates) or (candidates[-1] if candidates else None)
-        if chosen is None:
-            continue
-        for context in (context for context in CONTEXTS if context <= model.max_position_embeddings):
-            cells.append(
-                Cell(
-                    layout=name,
-                    context=context,
-                    tensor_parallel_size=chosen.tensor_parallel_size,
-                    weights=chosen.weights.total,
-                    cache=context * options.concurrency * chosen.token_bytes,
-                    rest=chosen.activations + chosen.graphs + chosen.other,
-                )
-            )
-    return cells
-
-
-def _show(console: Console, options: PlanOptions, layout: Layout, rows: dict[str, list[Fit]]) -> None:
-    some = next((row[0] for row in rows.values() if row), None)
-    if some is None:
-        raise ConfigError(f"the model can't be cut for any tensor-parallel size in {layout.name}")
-    parts = Table(title=f"{options.model} in {layout.name}: weights of one card (TP {some.tensor_parallel_size})")
-    parts.add_column("part")
-    parts.add_column("GB", justify="right")
-    for name, size in some.weights.parts.items():
-        parts.add_row(name, f"{size / 1e9:,.3f}")
-    parts.add_row("all", f"{some.weights.total / 1e9:,.3f}", style="bold")
-    console.print(parts)
-    console.print(
-        f"KV cache: {some.token_bytes:,} bytes a token ({options.kv_dtype}). Activations, estimated: "
-        f"{some.activations / 1e9:.2f} GB; CUDA graphs {some.graphs / 1e9:.2f} and CUDA itself "
-        f"{some.other / 1e9:.2f} GB, assumed.\n"
-    )
-    table = Table(title=f"{options.concurrency} at once with {options.context:,} tokens each")
-    for column in ("GPU", "TP", "fits", "KV tokens", "context", "sequences", "decode <=", "alone <=", "prefill <="):
-        table.add_column(column, justify="left" if column == "GPU" else "right")
-    for name, row in rows.items():
-        for fit in row:
-            table.add_row(
-                name,
-                str(fit.tensor_parallel_size),
-                "yes" if fit.fits else "no",
-                f"{fit.kv_tokens:,}",
-                f"{fit.largest_context:,}",
-                f"{fit.largest_concurrency:,}",
-                *(f"{rate:,.0f}" for rate in (fit.decode_limit, fit.single_limit, fit.prefill_limit)),
-                style=None if fit.fits else "dim",
-            )
-    console.print(table)
-    console.print(
-        "Rates are tokens a second that the card's bandwidth and arithmetic allow at most: limits, not promises.\n"
-    )
-
-
-def _recommend(console: Console, layout: Layout, demand: Demand, cards: list[Card], found: list[Offer]) -> None:
-    if not found:
-        console.print(f"[bold red]{_nothing(layout, demand, cards)}[/]")
-        return
-    for number, offer in enumerate(found):
-        fit = offer.fit
-        start = "[bold]Recommended[/]" if number == 0 else "or"
-        console.print(
-            f"{start}: {offer.cards} x {fit.card.name} ({offer.engines} engine(s) of TP {fit.tensor_parallel_size}), "
-            f"decode at most {fit.decode_limit * offer.engines:,.0f} tokens/s"
-        )
+def _weights(options: PlanOptions, layout: Layout, *, built_in: bool) -> tuple[str, Literal["wint8", "wint4"] | None]:
+    """Where weights in that layout are, and how they are rounded on the way in."""
+    if options.weights or not built_in:
+        return options.weights or options.model, None
+    name = options.model.lower()
+    if (published := REPOSITORIES.get((name, layout.name))) is not None:
+        return published, None
+    whole = REPOSITORIES.get((name, "bf16"))
+    on_load: Literal["wint8", "wint4"] | None = ROUNDED.get(layout.name)
+    if whole is not None and on_load is not None:
+        return whole, on_load
+    raise ConfigError(f"no {layout.name} weights of {options.model} are published; name yours with --weights")
 
 
 def _nothing(layout: Layout, demand: Demand, cards: list[Card]) -> str:
@@ -220,22 +163,24 @@ def _nothing(layout: Layout, demand: Demand, cards: list[Card]) -> str:
     )
 
 
-def _show_grid(console: Console, options: PlanOptions, grid: list[Cell]) -> None:
-    contexts = sorted({cell.context for cell in grid})
-    table = Table(title=f"{options.model}: GB of one card, {options.concurrency} at once, {options.kv_dtype} KV")
-    table.add_column("format")
-    table.add_column("TP", justify="right")
-    for context in contexts:
-        table.add_column(f"{context // 1024}K", justify="right")
-    for name in dict.fromkeys(cell.layout for cell in grid):
-        cells = {cell.context: cell for cell in grid if cell.layout == name}
-        size = next(iter(cells.values())).tensor_parallel_size
-        table.add_row(name, str(size), *(f"{cells[context].total / 1e9:,.1f}" for context in contexts))
-    console.print(table)
+def _layout(options: PlanOptions, model: ModelConfig, name: str) -> Layout:
+    return find_layout(name, model, planes=options.planes, group_size=options.group_size, embeddings=options.embeddings)
+
+
+def _layouts(options: PlanOptions, model: ModelConfig) -> list[Layout]:
+    """The one asked for, or all that the model can have."""
+    layouts = []
+    for name in [options.layout] if options.layout else [name for name in LAYOUTS if name != "stored"]:
+        try:
+            layouts.append(_layout(options, model, name))
+        except ConfigError:
+            if options.layout:
+                raise
+    return layouts
 
 
 def _record(
-    options: PlanOptions, layout: Layout, rows: dict[str, list[Fit]], found: list[Offer], grid: list[Cell]
+    options: PlanOptions, layout: Layout, rows: dict[str, list[Fit]], found: list[Offer], cells: list[Cell]
 ) -> dict[str, Any]:
     def of(fit: Fit) -> dict[str, Any]:
         derived = ("fits", "largest_context", "largest_concurrency")
@@ -247,17 +192,17 @@ def _record(
         "format": layout.name,
         "fits": [of(fit) for row in rows.values() for fit in row],
         "offers": [{"cards": offer.cards, "engines": offer.engines, "engine": of(offer.fit)} for offer in found],
-        "grid": [asdict(cell) | {"total": cell.total} for cell in grid],
+        "grid": [asdict(cell) | {"total": cell.total} for cell in cells],
     }
 
 
 def _command(options: PlanOptions) -> str:
     """The command line again, for the head of an emitted file."""
-    plain = replace(options, as_json=False, table=False, plot=None)
-    words = [f"dibit plan {plain.model}"]
-    if plain.layout:
-        words.append(f"--format {plain.layout}")
-    words += [f"--context {plain.context}", f"--concurrency {plain.concurrency}", f"--kv-dtype {plain.kv_dtype}"]
-    words += [f'--gpu "{gpu}"' for gpu in plain.gpus]
-    words.append(f"--emit {plain.emit}")
-    return " ".join(words)
+    words = ["dibit", "plan", options.model]
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if field.name in FLAGS and value != field.default:
+            words += [FLAGS[field.name]] if value is True else [FLAGS[field.name], str(value)]
+    for gpu in options.gpus:
+        words += ["--gpu", gpu]
+    return shlex.join(words)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import signal
 import socket
 import threading
@@ -137,11 +138,12 @@ def run_serve(config: Path | None, overrides: ServeOverrides, *, address: str, v
     model = AppConfig.parse(plan.args).served_model_name  # all mistakes show before anything is started
     plan.port = _free_port(plan.host, plan.port)
     stop = threading.Event()
-    previous = {number: signal.signal(number, _stopper(stop)) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = _hear(stop)
     started = time.monotonic()
     try:
         with console.status("Starting Ray") as status:
             _start_ray(plan, address=address, verbose=verbose)
+            _hear(stop)  # Ray has put a handler of its own in the place, which aborts on SIGTERM
             if not stop.is_set():
                 target = serve.RunTarget(build(plan.args), name=plan.name, route_prefix=plan.route_prefix)
                 serve.run_many(
@@ -159,6 +161,11 @@ def run_serve(config: Path | None, overrides: ServeOverrides, *, address: str, v
         for number, handler in previous.items():
             signal.signal(number, handler)
     console.print("Stopped.")
+
+
+def _hear(stop: threading.Event) -> dict[signal.Signals, Any]:
+    """Let Ctrl-C and SIGTERM set ``stop``; the handlers they had before."""
+    return {number: signal.signal(number, _stopper(stop)) for number in (signal.SIGINT, signal.SIGTERM)}
 
 
 def _stopper(stop: threading.Event) -> Any:
@@ -219,12 +226,19 @@ def _wait_until_running(name: str, model: str, *, status: Status, stop: threadin
             continue
         if application.status is ApplicationStatus.RUNNING:
             return
-        notes = [deployment.message for deployment in application.deployments.values() if deployment.message]
+        deployments = application.deployments.values()
         if application.status is ApplicationStatus.DEPLOY_FAILED:
-            raise ServeError(f"{model} did not come up: {_last_line(' '.join(notes) or application.message)}")
-        waiting = "; ".join(_last_line(note) for note in notes)
+            # Others may have notes too: that they still wait for the one that failed.
+            failed = [each.message for each in deployments if each.status.value == "DEPLOY_FAILED"]
+            raise ServeError(f"{model} did not come up: {_reason(' '.join(failed) or application.message)}")
+        waiting = "; ".join(_last_line(each.message) for each in deployments if each.message)
         seconds = time.monotonic() - started
         status.update(f"Loading {escape(model)}, {seconds:.0f} s {escape(waiting)}")
+
+
+def _reason(text: str) -> str:
+    """What went wrong, without the name of an error of ours before it."""
+    return re.sub(r"^engine\.errors\.\w+: ", "", _last_line(text))
 
 
 def _last_line(text: str) -> str:

@@ -28,6 +28,11 @@ class Offer:
         """Of all engines."""
         return self.engines * self.fit.tensor_parallel_size
 
+    def __str__(self) -> str:
+        """As people say it: "8 x A100-80G: 2 engines of TP 4"."""
+        engines = "1 engine" if self.engines == 1 else f"{self.engines} engines"
+        return f"{self.cards} x {self.fit.card.name}: {engines} of TP {self.fit.tensor_parallel_size}"
+
 
 def offers(
     model: ModelConfig, layout: Layout, demand: Demand, *, cards: Iterable[Card], engine: EngineConfig | None = None

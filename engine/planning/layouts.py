@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 from engine.config import ModelConfig
 from engine.errors import ConfigError
 from engine.quantization.bf16 import Bf16
 from engine.quantization.bitplane import Bitplane
 from engine.quantization.config import Part, QuantizationConfig, Rule
-from engine.quantization.format import WeightFormat
 from engine.quantization.grouping import WORD_ROWS
+from engine.quantization.vocabulary import QuantizeEmbeddings
 from engine.quantization.wint2 import Wint2
 from engine.quantization.wint4 import Wint4
 from engine.quantization.wint8 import Wint8
 
 LayoutName = Literal["stored", "bf16", "wint8", "wint4", "wint2", "tight", "bpdq"]
 LAYOUTS: tuple[LayoutName, ...] = get_args(LayoutName)
+EMBEDDINGS: tuple[str, ...] = ("bf16", *get_args(QuantizeEmbeddings))
 FIRST_IN_WINT4 = 4
 """Of Baidu's 2-bit checkpoints, the MoE layers whose experts have 4 bits: layers 3 to 6 of the 300B."""
 
@@ -29,34 +30,37 @@ class Layout:
     Attributes:
         name: of the layout.
         formats: of the layers.
-        vocabulary: of the embedding table and of the logits' projection.
+        embeddings: how token embedding and logits' projection are rounded while loading; None keeps them in bf16.
+        one_codebook: every WINT2 matrix has one codebook for all its columns, as ``dibit quantize`` writes them; a GPU
+            then keeps none for each (``kernels.gpu.pack``). Baidu's files may have one a column.
     """
 
     name: str
     formats: QuantizationConfig
-    vocabulary: WeightFormat
+    embeddings: QuantizeEmbeddings | None
+    one_codebook: bool = False
 
 
 def find_layout(
-    name: str, model: ModelConfig, *, planes: Literal[2, 3, 4] = 2, group_size: int = 256, vocabulary: str | None = None
+    name: str, model: ModelConfig, *, planes: Literal[2, 3, 4] = 2, group_size: int = 256, embeddings: str | None = None
 ) -> Layout:
     """The layout of that name for a model.
 
     "bf16", "wint8" and "wint4" have all linears in that format. "wint2" is that of Baidu's 2-bit checkpoints: WINT8,
     and experts in WINT4 in the first four MoE layers, then in WINT2. "tight" is for few cards: experts in WINT2 in all
     layers, all else in WINT4. "bpdq" has all linears in ``planes`` bit planes of ``group_size``, or of the largest
-    smaller size that divides a part's rows. "stored" is what the model's config.json says. The vocabulary's two
-    matrices are in bf16, in "tight" and "bpdq" in WINT4, unless ``vocabulary`` says otherwise.
+    smaller size that divides a part's rows. "stored" is what the model's config.json says. Embedding and head are in
+    bf16, in "tight" and "bpdq" rounded to "int4", unless ``embeddings`` says otherwise ("bf16", "int8", "int4").
 
     Raises:
         ConfigError: no such layout, or a format that the model's shapes don't allow.
     """
     wint2 = Wint2("plain")
     small = name in ("tight", "bpdq")
-    ends = {"bf16": Bf16(), "wint8": Wint8(), "wint4": Wint4()}
-    chosen = vocabulary or ("wint4" if small else "bf16")
-    if chosen not in ends:
-        raise ConfigError(f"vocabulary: {chosen!r} is none of {', '.join(ends)}")
+    plain = {"bf16": Bf16(), "wint8": Wint8(), "wint4": Wint4()}
+    chosen = embeddings or ("int4" if small else "bf16")
+    if chosen not in EMBEDDINGS:
+        raise ConfigError(f"quantize_embeddings: {chosen!r} is none of {', '.join(EMBEDDINGS)}")
     if name == "wint2":
         if model.moe is None:
             raise ConfigError(
@@ -73,11 +77,12 @@ def find_layout(
         )
     elif name == "stored":
         formats = QuantizationConfig.from_json(model.quantization)
-    elif name in ends:
-        formats = QuantizationConfig.of(dense=ends[name], experts=ends[name])
+    elif name in plain:
+        formats = QuantizationConfig.of(dense=plain[name], experts=plain[name])
     else:
         raise ConfigError(f"format: {name!r} is none of {', '.join(LAYOUTS)}")
-    return Layout(name, formats, ends[chosen])
+    rounded = cast("QuantizeEmbeddings", chosen) if chosen != "bf16" else None
+    return Layout(name, formats, rounded, one_codebook=name == "tight")
 
 
 def _rows(model: ModelConfig) -> dict[Part, tuple[int, ...]]:

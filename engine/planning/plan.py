@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from engine.config import EngineConfig, ModelConfig
 from engine.errors import UnsupportedError
 from engine.execution.kv_cache import block_bytes, blocks_on_gpu
 from engine.layers.attention import heads_per_rank
+from engine.planning.activations import step_bytes
 from engine.planning.cards import Card
 from engine.planning.layouts import Layout
 from engine.planning.weights import Weights, weigh
@@ -47,12 +49,13 @@ class Fit:
         card: which.
         tensor_parallel_size: how many.
         weights: of rank 0.
-        activations: what the largest step takes on top, estimated.
+        activations: what the largest step takes on top.
         graphs: of CUDA, assumed.
         other: CUDA's own, assumed.
         token_bytes: of the KV cache, for a token.
         kv_tokens: that the cache holds, a multiple of the block size; 0 if the weights alone are too much.
         max_context: tokens that the model was made for.
+        max_num_seqs: sequences that a step takes.
         demand: what was asked for.
         decode_limit: tokens a second of all sequences of the demand, if only memory's bandwidth and the cards'
             arithmetic counted.
@@ -69,6 +72,7 @@ class Fit:
     token_bytes: int
     kv_tokens: int
     max_context: int
+    max_num_seqs: int
     demand: Demand
     decode_limit: float
     single_limit: float
@@ -76,8 +80,8 @@ class Fit:
 
     @property
     def fits(self) -> bool:
-        """Whether the demand's sequences fit the cache, all at their full length."""
-        return self.kv_tokens >= self.demand.context * self.demand.concurrency
+        """Whether the demand's sequences fit the cache and a step, all at their full length."""
+        return self.largest_concurrency >= self.demand.concurrency
 
     @property
     def largest_context(self) -> int:
@@ -86,8 +90,8 @@ class Fit:
 
     @property
     def largest_concurrency(self) -> int:
-        """Sequences of the demand's context."""
-        return self.kv_tokens // self.demand.context
+        """Sequences of the demand's context that the cache holds and a step takes."""
+        return min(self.kv_tokens // self.demand.context, self.max_num_seqs)
 
 
 def fit(
@@ -112,7 +116,7 @@ def fit(
     _, kv_heads = heads_per_rank(model, size)
     block = block_bytes(model, kv_heads, block_size=engine.block_size, dtype=kv_dtype)
     token = block // engine.block_size
-    activations = step_bytes(model, engine, size)
+    activations = step_bytes(model, layout, engine, size)
     graphs = 0 if engine.enforce_eager else GRAPH_BYTES
     blocks = blocks_on_gpu(
         engine, block, total=card.memory_bytes, used=weights.total + CUDA_BYTES, activations=activations + graphs
@@ -128,6 +132,7 @@ def fit(
         token_bytes=token,
         kv_tokens=blocks * engine.block_size,
         max_context=model.max_position_embeddings,
+        max_num_seqs=engine.max_num_seqs,
         demand=demand,
         decode_limit=batch / _step_seconds(model, weights, card, size, batch=batch, kv=batch * context * token),
         single_limit=1 / _step_seconds(model, weights, card, size, batch=1, kv=context * token),
@@ -148,30 +153,9 @@ def fits(
     return found
 
 
-def least(candidates: list[Fit]) -> Fit | None:
+def least(candidates: Sequence[Fit]) -> Fit | None:
     """The smallest engine that holds the demand; None if none does."""
     return next((candidate for candidate in candidates if candidate.fits), None)
-
-
-def step_bytes(model: ModelConfig, engine: EngineConfig, size: int) -> int:
-    """What the largest step takes on one card at its peak, an estimate from the tensors that live at once.
-
-    The residual stream and a normed copy; then the wider of attention (q, k, v, its output, and their projection) and
-    the feed-forward (fp32 sums and the activated half; of experts, for each of a token's experts, in a product split
-    in two); and the logits of every sequence in fp32, twice.
-    """
-    tokens, hidden = engine.max_num_batched_tokens, model.hidden_size
-    heads, kv_heads = heads_per_rank(model, size)
-    attention = tokens * 2 * (model.head_dim * (2 * heads + 2 * kv_heads) + hidden)
-    feed_forward = tokens * (4 * 2 + 2) * model.intermediate_size // size
-    if model.moe is not None:
-        moe = model.moe
-        pairs = tokens * moe.num_experts_per_token
-        first = pairs * (4 * 2 + 2) * moe.intermediate_size // size
-        second = pairs * (4 * hidden + 2 * moe.intermediate_size // size)
-        feed_forward = max(feed_forward, first, second)
-    logits = engine.max_num_seqs * model.vocab_size * 4 * 2
-    return tokens * hidden * 2 * 2 + max(attention, feed_forward, logits)
 
 
 def _step_seconds(model: ModelConfig, weights: Weights, card: Card, size: int, *, batch: int, kv: int) -> float:

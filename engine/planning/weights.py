@@ -11,9 +11,13 @@ from engine.config import ModelConfig
 from engine.planning.layouts import Layout
 from engine.quantization.bf16 import Bf16
 from engine.quantization.format import WeightFormat
+from engine.quantization.vocabulary import table_bytes
+from engine.quantization.wint2 import Wint2
 
 ITEM_BYTES = {"U8": 1, "I8": 1, "BF16": 2, "F16": 2, "F32": 4, "I32": 4}
 """By safetensors' names."""
+CODEBOOK_BYTES = 8
+"""Of a column of WINT2 with a codebook of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +64,8 @@ def weigh(model: ModelConfig, layout: Layout, tensor_parallel_size: int = 1) -> 
     def add(name: str, weight_format: WeightFormat, cuts: list[MatrixCut], *, count: int = 1, used: int = 1) -> int:
         nonlocal parameters, active
         size = count * sum(matrix_bytes(weight_format, *_shape(cut)) for cut in cuts)
+        if layout.one_codebook and isinstance(weight_format, Wint2):
+            size -= count * CODEBOOK_BYTES * sum(_shape(cut)[1] for cut in cuts)
         whole = sum(cut.k * sum(block.width for block in cut.blocks) for cut in cuts)
         parameters += count * whole
         active += used * whole
@@ -70,10 +76,10 @@ def weigh(model: ModelConfig, layout: Layout, tensor_parallel_size: int = 1) -> 
         return [part.gate_up(width), part.rows(width)]
 
     rows = len(part.vocabulary())
-    table = matrix_bytes(layout.vocabulary, model.hidden_size, rows)
-    parts[f"embedding, {layout.vocabulary.name}"] = table
+    table, kind = table_bytes(rows, model.hidden_size, layout.embeddings), layout.embeddings or "bf16"
+    parts[f"embedding, {kind}"] = table
     if not model.tie_word_embeddings:
-        parts[f"head, {layout.vocabulary.name}"] = table
+        parts[f"head, {kind}"] = table
     active += model.vocab_size * model.hidden_size
     parameters += model.vocab_size * model.hidden_size * (1 if model.tie_word_embeddings else 2)
     parts["norms, bf16"] = (2 * model.num_hidden_layers + 1) * model.hidden_size * 2

@@ -39,6 +39,7 @@ def fused_moe(x: Tensor, gate_up: Prepared, down: Prepared, weights: Tensor, ids
     activate_kernel[(pairs, triton.cdiv(inner, BLOCK))](
         sums, middle, pairs, inner, len(sums), BLOCK=BLOCK, enable_fp_fusion=True
     )
+    del sums  # or it would live through the next product, the moment when most is alive
     sums = launch.multiply(middle, second, rows=pairs, shape=shape, blocks=blocks)  # [splits, pairs, H]
     combine_kernel[(tokens, triton.cdiv(hidden, BLOCK))](
         sums, weights, out, pairs, hidden, len(sums), TOP_K=top_k, BLOCK=BLOCK, enable_fp_fusion=True

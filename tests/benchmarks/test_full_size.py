@@ -1,4 +1,4 @@
-"""The plan has the bytes that the formats say, and both GPU benchmarks run at a toy size on the CPU."""
+"""Random weights have the bytes that the formats say, and both GPU benchmarks run at a toy size on the CPU."""
 
 from __future__ import annotations
 
@@ -8,51 +8,13 @@ import pytest
 import torch
 
 from benchmarks import full_size, kernels
-from benchmarks.memory_plan import CODEBOOK_BYTES, SPARE_BYTES, USABLE_BYTES, plan
 from benchmarks.random_weights import RandomWeights, random_weight
-from benchmarks.scales import MODELS, layout
+from benchmarks.scales import LAYOUTS, MODELS
+from engine.planning.layouts import find_layout
+from engine.planning.weights import CODEBOOK_BYTES, weigh
 from kernels.reference import dequantize
 
 CPU = torch.device("cpu")
-
-
-def planned(scale: str, name: str):
-    model = MODELS[scale]
-    chosen = layout(name, model)
-    return plan(
-        model,
-        chosen.formats,
-        embeddings=chosen.embeddings,
-        kv_dtype=chosen.kv_dtype or torch.bfloat16,
-        one_codebook=chosen.one_codebook,
-    )
-
-
-def test_baidus_layout_has_the_bytes_of_its_checkpoint():
-    found = planned("300b", "baidu")
-    assert found.weights == pytest.approx(93.82e9, abs=0.01e9)
-    assert found.parts["experts, wint2"] == pytest.approx((66.24 + 2.07 + 0.46) * 1e9, abs=0.01e9)
-    assert found.parts["experts, wint4"] == pytest.approx(11.27e9, abs=0.02e9)
-    assert found.token == 216 * 1024
-
-
-def test_the_tight_layout_leaves_room_for_16k_tokens_on_a_card_of_80_gb():
-    found = planned("300b", "tight")
-    moe = MODELS["300b"].moe
-    columns = 51 * moe.num_experts * (2 * moe.intermediate_size + 8192)
-    # Codes and group scales; a super scale a column comes on top.
-    assert found.experts - 2 * columns == pytest.approx(74.1e9, abs=0.05e9)
-    assert found.weights == pytest.approx(80.35e9, abs=0.02e9)
-    assert found.cache_tokens(USABLE_BYTES, SPARE_BYTES) >= 16 * 1024
-    assert found.token == 112_320
-
-
-def test_a_decode_step_of_one_token_reads_the_experts_it_chose():
-    found = planned("300b", "baidu")
-    dense = found.weights - found.experts - found.unread
-    assert found.read(1, 0) == pytest.approx(dense + found.experts / 8)
-    assert found.read(10**6, 0) == pytest.approx(dense + found.experts)
-    assert found.read(4, 100) - found.read(4, 0) == 400 * found.token
 
 
 @pytest.mark.parametrize("name", ["bf16", "wint8", "wint4", "wint2", "bitplane2", "bitplane4", "grouped4"])
@@ -64,10 +26,10 @@ def test_random_weights_have_a_deviation_of_one_over_root_k(name, experts):
     assert 0.6 < float(dense.std()) * 16 < 1.6
 
 
-@pytest.mark.parametrize("name", ["baidu", "tight"])
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_random_weights_take_the_bytes_of_the_plan(name):
     model = MODELS["tiny"]
-    chosen, size = layout(name, model), 0
+    chosen, size = find_layout(name, model), 0
     weights = RandomWeights(model, chosen.formats, device=CPU, dtype=torch.bfloat16)
 
     def count(operand: object) -> int:
@@ -79,7 +41,7 @@ def test_random_weights_take_the_bytes_of_the_plan(name):
             size += count(weights.expert_gate_up(layer)) + count(weights.expert_down(layer))
     columns = 3 * model.moe.num_experts * (2 * model.moe.intermediate_size + model.hidden_size)
     codebooks = CODEBOOK_BYTES * columns if chosen.one_codebook else 0  # in the file, and not in the plan
-    assert size == planned("tiny", name).experts + codebooks
+    assert size == weigh(model, chosen).experts + codebooks
 
 
 @pytest.mark.parametrize("benchmark", [full_size, kernels])
@@ -91,18 +53,13 @@ def test_without_a_gpu_there_is_one_clear_line(benchmark):
     assert "\n" not in str(ended.value.code)
 
 
-@pytest.mark.parametrize("name", ["baidu", "tight"])
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_whole_steps_run_on_a_cpu(capsys, name):
     torch.set_num_threads(1)
     full_size.main(["--device", "cpu", "--scale", "tiny", "--layout", name, "--steps", "2", "--json"])
     steps = json.loads(capsys.readouterr().out)["steps"]
     assert [(step["batch"], step["context"]) for step in steps] == [(1, 16), (2, 16), (1, 64), (2, 64)]
     assert all(step["tokens_per_second"] > 0 for step in steps)
-
-
-def test_the_plan_alone_needs_no_gpu(capsys):
-    full_size.main(["--plan-only", "--json"])
-    assert json.loads(capsys.readouterr().out)["weights"] == planned("300b", "baidu").weights
 
 
 def test_every_operation_and_format_runs_on_a_cpu(capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,16 @@ def test_table_has_every_format_and_context(capsys: pytest.CaptureFixture[str]) 
         assert word in text
 
 
+@pytest.mark.parametrize("arguments", [[], ["--gpu", "A100-80G", "--concurrency", "100"], ["--table"]])
+def test_tables_fit_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    text = plan(capsys, BIG, *arguments)
+    assert "…" not in text  # what rich puts where a column is too narrow
+    assert max(map(len, text.splitlines())) <= 80
+
+
 @pytest.mark.parametrize("ending", ["svg", "png"])
 def test_plot(capsys: pytest.CaptureFixture[str], tmp_path: Path, ending: str) -> None:
     path = tmp_path / f"memory.{ending}"
@@ -67,11 +78,50 @@ def test_emitted_serve_config_is_read_back(capsys: pytest.CaptureFixture[str], c
     assert pool.replicas.min * pool.tensor_parallel_size == record["offers"][0]["cards"]
 
 
+@pytest.mark.parametrize("target", ["serve-config", "helm-values"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [BIG, "--concurrency", "300", "--kv-dtype", "int8", "--gpu", "A100-80G"],
+        [BIG, "--format", "tight", "--weights", "/models/my model", "--context", "4096", "--gpu", "H20-96G"],
+        ["qwen2.5-72b", "--weights", "/q", "--bits", "3", "--quantize-embeddings", "int8", "--enforce-eager"],
+    ],
+)
+def test_an_emitted_file_says_how_to_make_it_again(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], target: str
+) -> None:
+    text = plan(capsys, *arguments, "--emit", target)
+    first = text.splitlines()[0].removeprefix("# Written by: ")
+    program, command, *again = shlex.split(first)
+    assert (program, command) == ("dibit", "plan")
+    assert plan(capsys, *again) == text
+
+
+@pytest.mark.parametrize(("concurrency", "seqs"), [(1, 64), (100, 100), (2000, 256)])
+def test_engines_take_as_many_sequences_as_were_planned(
+    capsys: pytest.CaptureFixture[str], concurrency: int, seqs: int
+) -> None:
+    arguments = [BIG, "--concurrency", str(concurrency), "--context", "2048", "--gpu", "H200", "--emit", "serve-config"]
+    (application,) = yaml.safe_load(plan(capsys, *arguments))["applications"]
+    config = AppConfig.model_validate(application["args"])
+    (pool,) = config.pools
+    assert config.engine.get("max_num_seqs", 64) == seqs
+    assert pool.replicas.min * seqs >= concurrency
+
+
+def test_integers_are_made_of_published_weights_while_loading(capsys: pytest.CaptureFixture[str]) -> None:
+    text = plan(capsys, BIG, "--format", "wint4", "--gpu", "A100-80G", "--emit", "serve-config")
+    (application,) = yaml.safe_load(text)["applications"]
+    assert application["args"]["model"] == "baidu/ERNIE-4.5-300B-A47B-PT"
+    assert application["args"]["engine"]["quantization"] == "wint4"
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         ([BIG, "--gpu", "5090"], "known are"),
         ([BIG, "--format", "wint3"], "none of"),
+        ([BIG, "--quantize-embeddings", "wint4"], "none of bf16, int8, int4"),
         ([BIG, "--context", "1000000"], "exceeds the model's 131072"),
         (["qwen2.5-72b", "--format", "bpdq", "--emit", "serve-config"], "--weights"),
         ([BIG, "--gpu", "3090", "--format", "bf16", "--emit", "serve-config"], "fit no engine"),

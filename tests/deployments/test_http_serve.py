@@ -1,33 +1,48 @@
-"""The official client against a real ``serve run``: one rank, two ranks, and nothing left after Ctrl-C."""
+"""The official client against a real ``serve run``: a planned engine, two ranks, and nothing left after Ctrl-C."""
 
 from __future__ import annotations
 
 import asyncio
+import json
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
+import yaml
 
 from benchmarks.serve_process import ServeProcess
 
 MODEL = Path(__file__).resolve().parents[2] / "examples" / "ernie-tiny" / "2bits"
-NAME = "tiny"
+NAME = MODEL.name
 MESSAGES = [{"role": "user", "content": "Tell me a story about a little dog."}]
 LONG = {"ignore_eos": True}
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["tp1", "tp2"])
+def planned() -> dict[str, Any]:
+    """The application as ``dibit plan`` writes it for a GPU; where there is none its engine takes the CPU."""
+    command = [sys.executable, "-m", "deployments.cli", "plan", str(MODEL), "--context", "512", "--gpu", "A100-80G"]
+    written = subprocess.run([*command, "--emit", "serve-config"], capture_output=True, check=True, text=True)
+    (application,) = yaml.safe_load(written.stdout)["applications"]
+    return application["args"]
+
+
+@pytest.fixture(scope="module", params=["planned", "tp2"])
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServeProcess]:
-    args = {
+    tp2 = {
         "model": str(MODEL),
-        "served_model_name": NAME,
         "engine": {"max_model_len": 512, "max_num_seqs": 16, "num_threads": 1},
-        "pools": [{"name": "cpu", "tensor_parallel_size": request.param}],
+        "pools": [{"name": "cpu", "tensor_parallel_size": 2}],
     }
-    with ServeProcess(args, tmp_path_factory.mktemp("serve")) as process:
+    args = planned() if request.param == "planned" else tp2
+    # A node as Ray sees one with such a GPU.
+    environment = {"RAY_OVERRIDE_RESOURCES": json.dumps({"CPU": 4, "GPU": 1, "accelerator_type:A100": 1})}
+    with ServeProcess(args, tmp_path_factory.mktemp("serve"), environment=environment) as process:
         yield process
         # A client in the middle of a stream must not keep the server from ending.
         with openai.OpenAI(base_url=f"{process.url}/v1", api_key="none", max_retries=0) as client:

@@ -142,6 +142,25 @@ def vars_of(layer: Any) -> list[Any]:
     return [getattr(layer, field.name) for field in dataclasses.fields(layer)]
 
 
+def test_what_a_decode_step_reads() -> None:
+    weights = weigh(ERNIE, find_layout("wint2", ERNIE))
+    dense = weights.total - weights.experts - weights.lookup
+    assert weights.read(1, ERNIE) == pytest.approx(dense + weights.experts / 8)
+    assert weights.read(10**6, ERNIE) == pytest.approx(dense + weights.experts)
+
+
+def test_parts_of_the_300b() -> None:
+    wint2, tight = (weigh(ERNIE, find_layout(name, ERNIE)) for name in ("wint2", "tight"))
+    assert wint2.parts["experts, wint2"] == pytest.approx((66.24 + 2.07 + 0.46) * 1e9, abs=0.01e9)
+    assert wint2.parts["experts, wint4"] == pytest.approx(11.27e9, abs=0.02e9)
+    moe = ERNIE.moe
+    assert moe is not None
+    # One codebook a matrix: codes, group scales, and a super scale of each column.
+    columns = 51 * moe.num_experts * (2 * moe.intermediate_size + ERNIE.hidden_size)
+    assert tight.experts - 2 * columns == pytest.approx(74.1e9, abs=0.05e9)
+    assert tight.total == pytest.approx(80.35e9, abs=0.02e9)
+
+
 @given(
     layout=st.sampled_from([name for name in LAYOUTS if name != "stored"]),
     card=st.sampled_from(sorted(CARDS)),
