@@ -12,6 +12,7 @@ import asyncio
 import statistics
 import tempfile
 import time
+from collections.abc import AsyncGenerator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from deployments.access.config import AccessConfig
 from deployments.access.middleware import Access, AccessMiddleware
 from deployments.access.store import KeyFile, KeyOptions
+from deployments.directory import ModelInfo
 from deployments.observer import Observer
+from engine.messages import EngineRequest, TokenDelta
 from engine.tokenizer import Tokenizer
 
 MODEL = Path(__file__).resolve().parents[1] / "examples" / "ernie-tiny" / "bf16"
@@ -31,12 +34,16 @@ CHUNKS = 50
 START = {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"application/json")]}
 
 
-class _Info:
-    served_model_name = "tiny"
-
-
 class _Engine:
-    info = _Info()
+    """The door asks only what is served, and the applications behind it here have no engine."""
+
+    info = ModelInfo(model_path=str(MODEL), served_model_name="tiny", max_model_len=512, created=0)
+
+    def healthy(self) -> bool:
+        return True
+
+    def generate(self, request: EngineRequest) -> AsyncGenerator[TokenDelta]:
+        raise NotImplementedError
 
 
 async def answer(scope: Scope, receive: Receive, send: Send) -> None:
@@ -76,14 +83,13 @@ async def main() -> None:
     tokenizer = Tokenizer.from_folder(MODEL)
     with tempfile.TemporaryDirectory() as folder:
         file = KeyFile(Path(folder) / "keys.jsonl")
-        limits: dict[str, int] = dict.fromkeys(("requests_per_minute", "tokens_per_minute", "max_concurrent"), 10**9)
+        limits: dict[str, Any] = dict.fromkeys(("requests_per_minute", "tokens_per_minute", "max_concurrent"), 10**9)
         for number in range(100):
             key, _ = file.add(KeyOptions(name=f"key {number}", **limits), now=datetime.now(UTC))
 
         def door(app: ASGIApp, **options: Any) -> ASGIApp:
             config = AccessConfig(**options)
-            access = Access(config, _Engine(), tokenizer=tokenizer, observer=Observer())  # type: ignore[arg-type]
-            return AccessMiddleware(app, access)
+            return AccessMiddleware(app, Access(config, _Engine(), tokenizer=tokenizer, observer=Observer()))
 
         guarded = {"keys_file": str(file.path), "log": str(Path(folder) / "access.log")}
         apps = {

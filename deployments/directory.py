@@ -1,4 +1,4 @@
-"""Which engines there are: addresses, and the directory that an ingress keeps of them."""
+"""Which engines there are: model, pools and addresses, and the directory that an ingress keeps of them."""
 
 from __future__ import annotations
 
@@ -21,6 +21,17 @@ class ModelInfo:
     """Longest sequence that some pool takes."""
     created: int
     """Unix time in seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class PoolInfo:
+    """What an ingress must know of a pool before any engine of it is up."""
+
+    name: str
+    max_model_len: int
+    """Longest sequence in tokens, by its options; its engines say what they really hold."""
+    on_demand: bool
+    """Whether it may be scaled to zero, so that a request has to call for an engine."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,9 @@ from ray import serve
 from ray.serve import Application, Deployment
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 
-from deployments.client import ClientOptions, PoolState
+from deployments.client import ClientOptions
 from deployments.config import AppConfig, AutoscalingOptions, PoolConfig, ReplicaRange
-from deployments.directory import ModelInfo
+from deployments.directory import ModelInfo, PoolInfo
 from deployments.identity import ModelIdentity
 from deployments.placement import REPLICA_CPUS, bundles, label_selector, missing, strategy
 from deployments.progress import log_to_stderr
@@ -78,7 +78,7 @@ def client_options(config: AppConfig) -> ClientOptions:
     """What the ingress is told of the application's pools."""
     folder = resolve_model(config.model, weights=False)
     pools = tuple(
-        PoolState(name=pool.name, max_model_len=config.max_model_len(pool), on_demand=pool.replicas.min == 0)
+        PoolInfo(name=pool.name, max_model_len=config.max_model_len(pool), on_demand=pool.replicas.min == 0)
         for pool in sorted(config.pools, key=lambda pool: pool.cost)
     )
     return ClientOptions(

@@ -16,8 +16,9 @@ from engine.execution.logprobs import report
 from engine.execution.sampler import Sampled, Sampler, SamplingRow
 from engine.messages import EngineLoad, EngineRequest, FinishReason, StepOutput, TokenDelta
 from engine.scheduling.block_pool import BlockPool
+from engine.scheduling.part import ScheduledRequest
 from engine.scheduling.request import Request
-from engine.scheduling.scheduler import ScheduledRequest, Scheduler
+from engine.scheduling.scheduler import Scheduler
 from engine.structured.compiler import GrammarCompiler
 from engine.structured.pending import Pending, dead_end
 

@@ -32,6 +32,22 @@ class RequestError(DibitError):
         self.field = field
         self.code = code
 
+    @classmethod
+    def too_long(cls, num_prompt_tokens: int, max_tokens: int, *, limit: int, whose: str) -> RequestError:
+        """A prompt and its answer don't fit into ``limit`` tokens.
+
+        Args:
+            whose: words before that number, such as "max_model_len is".
+        """
+        too_long = num_prompt_tokens >= limit
+        remedy = "shorten the prompt" if too_long else f"ask for at most {limit - num_prompt_tokens} tokens"
+        return cls(
+            f"{num_prompt_tokens} prompt tokens and max_tokens={max_tokens} make {num_prompt_tokens + max_tokens}; "
+            f"{whose} {limit} tokens: {remedy}",
+            field="prompt" if too_long else "max_tokens",
+            code="context_length_exceeded",
+        )
+
 
 class EngineDeadError(DibitError):
     """The engine stopped (a rank died or a step failed), or there is none; requests under way on it can't go on.

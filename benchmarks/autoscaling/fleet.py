@@ -24,7 +24,7 @@ from deployments.speed import Speed
 TICK_S = 1.0
 """Between two decisions. Serve takes ten a second, on the same stats."""
 NEXT_POOL_AFTER_S = 30.0
-"""As ``deployments.client`` calls for one pool after the other."""
+"""As ``deployments.cold_start`` calls for one pool after the other."""
 LOOK_BACK_S = 30.0
 
 

@@ -6,8 +6,9 @@ import asyncio
 import random
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
+from typing import Any
 
 from benchmarks.http_client import Connection, Timing, encode
 
@@ -68,7 +69,7 @@ class Client:
             connection.close()
         self._idle.clear()
 
-    async def _measure(self, clients: Callable[[], list]) -> Outcome:  # type: ignore[type-arg]
+    async def _measure(self, clients: Callable[[], list[Coroutine[Any, Any, list[Timing]]]]) -> Outcome:
         self._errors = []
         connections = list(self._idle)
         reconnects = sum(connection.reconnects for connection in connections)

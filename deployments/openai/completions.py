@@ -13,7 +13,8 @@ from deployments.openai.generation import Choice, Collected, Engine
 from deployments.openai.logprobs import completion_logprobs, num_characters, prompt_logprobs, with_prompt
 from deployments.openai.models import check_model
 from deployments.openai.prompts import Prompts, new_id
-from deployments.openai.protocol import CompletionRequest, parse
+from deployments.openai.requests.body import parse
+from deployments.openai.requests.completion import CompletionRequest
 from deployments.openai.sse import ChunkWriter
 from engine.errors import RequestError
 from engine.outputs import Logprob, PositionLogprobs

@@ -11,8 +11,9 @@ from deployments.openai.generation import Engine
 from deployments.openai.models import check_model
 from deployments.openai.parsed_chat import ParsedChatFormat
 from deployments.openai.prompts import Prompts, new_id
-from deployments.openai.protocol import ChatRequest, parse
 from deployments.openai.reasoning import Thinking
+from deployments.openai.requests.body import parse
+from deployments.openai.requests.chat import ChatRequest
 from deployments.openai.shape import Shape
 from engine.errors import RequestError
 

@@ -11,8 +11,8 @@ from typing import Any, ParamSpec, TypeVar
 from deployments.observer import Observer
 from deployments.openai.calls import dialect, dialect_of
 from deployments.openai.generation import Choice
-from deployments.openai.protocol import Conversation
 from deployments.openai.reasoning import Thinking
+from deployments.openai.requests.conversation import Conversation
 from deployments.openai.tools import Tool
 from engine.errors import RequestError
 from engine.requests import expand

@@ -10,7 +10,9 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from deployments.openai.models import installed_version
-from deployments.openai.protocol import ChatRequest, CompletionRequest, Detokenize, TokenizeChat, TokenizeText
+from deployments.openai.requests.chat import ChatRequest
+from deployments.openai.requests.completion import CompletionRequest
+from deployments.openai.requests.tokenization import Detokenize, TokenizeChat, TokenizeText
 from deployments.openai.sse import encode
 
 _REFERENCE = "#/components/schemas/{model}"

@@ -10,7 +10,8 @@ from deployments.openai.errors import ApiError
 from deployments.openai.generation import Engine
 from deployments.openai.models import check_model
 from deployments.openai.prompts import Prompts
-from deployments.openai.protocol import Detokenize, TokenizeChat, TokenizeText, parse
+from deployments.openai.requests.body import parse
+from deployments.openai.requests.tokenization import Detokenize, TokenizeChat, TokenizeText
 from engine.errors import RequestError
 from engine.tokenizer import Tokenizer
 

@@ -4,31 +4,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import islice, takewhile
 
 from engine.errors import RequestError
 from engine.scheduling.block_pool import BlockPool
+from engine.scheduling.block_tables import BlockTables
 from engine.scheduling.line import Line
-from engine.scheduling.prefix import extend_hashes
+from engine.scheduling.part import ScheduledRequest
 from engine.scheduling.request import Request, RequestStatus
 from engine.scheduling.totals import Totals
 
 MAX_PROMPT_ROWS = 256
 """Rows of logits in a step for the log probabilities of prompts: 150 MB at 150,000 ids, within what is left free."""
-
-
-@dataclass(frozen=True, slots=True)
-class ScheduledRequest:
-    """One request's part of a step: compute ``all_token_ids[start : start + num_new_tokens]``."""
-
-    request: Request
-    num_new_tokens: int
-    start: int
-    samples: bool
-    """Whether these are the last tokens known, so that the step yields the next one."""
-    num_prompt_rows: int = 0
-    """Of so many of these tokens, from the first on, the logits are wanted for log probabilities of the prompt."""
 
 
 class Scheduler:
@@ -72,6 +58,7 @@ class Scheduler:
         self.enable_chunked_prefill = enable_chunked_prefill
         self.max_prompt_rows = max_prompt_rows
         self.totals = Totals()
+        self._tables = BlockTables(pool, enable_prefix_caching=enable_prefix_caching)
         self._arrivals = itertools.count()
         self._requests: dict[str, Request] = {}
         self._waiting = Line()
@@ -119,7 +106,7 @@ class Scheduler:
         del self._requests[request.request_id]
         if request.status is RequestStatus.RUNNING:
             self._running.remove(request)
-            self._release_blocks(request)
+            self._tables.release(request)
         else:
             if request.status is RequestStatus.WAITING:
                 self._waiting.remove(request)
@@ -142,7 +129,7 @@ class Scheduler:
                     continue
             if not self._make_room(request, request.num_computed_tokens + num_new_tokens):
                 break
-            part = _part(request, num_new_tokens)
+            part = ScheduledRequest.next(request, num_new_tokens)
             scheduled.append(part)
             budget -= num_new_tokens
             prompt_rows -= part.num_prompt_rows
@@ -159,15 +146,14 @@ class Scheduler:
         """
         context_tokens = prefill_tokens = 0
         for part in scheduled:
-            request, end = part.request, part.start + part.num_new_tokens
-            context_tokens += end
-            if part.start < request.prefill_end:
+            request = part.request
+            context_tokens += part.end
+            if part.prefills:
                 prefill_tokens += part.num_new_tokens
             if request.status is not RequestStatus.RUNNING:
                 continue
-            request.num_computed_tokens = end
-            if self.enable_prefix_caching:
-                self._publish(request)
+            request.num_computed_tokens = part.end
+            self._tables.publish(request)
             if part.samples:
                 request.append(sampled[request.request_id])
         self.totals.context_tokens += context_tokens
@@ -229,19 +215,13 @@ class Scheduler:
     # -- inside -------------------------------------------------------------------------------------------------------
 
     def _check_size(self, request: Request) -> None:
-        num_prompt, wanted = len(request.prompt_token_ids), len(request.prompt_token_ids) + request.max_tokens
-        for limit, name in (
-            (self.max_model_len, "max_model_len"),
-            (self.pool.num_blocks * self.pool.block_size, "the size of the whole KV cache"),
+        num_prompt = len(request.prompt_token_ids)
+        for limit, whose in (
+            (self.max_model_len, "max_model_len is"),
+            (self.pool.num_blocks * self.pool.block_size, "the size of the whole KV cache is"),
         ):
-            if wanted > limit:
-                too_long = num_prompt >= limit
-                raise RequestError(
-                    f"{num_prompt} prompt tokens and max_tokens={request.max_tokens} make {wanted}; {name} is {limit} "
-                    f"tokens: {'shorten the prompt' if too_long else f'ask for at most {limit - num_prompt} tokens'}",
-                    field="prompt" if too_long else "max_tokens",
-                    code="context_length_exceeded",
-                )
+            if num_prompt + request.max_tokens > limit:
+                raise RequestError.too_long(num_prompt, request.max_tokens, limit=limit, whose=whose)
         if not self.enable_chunked_prefill and num_prompt > self.max_num_batched_tokens:
             raise RequestError(
                 f"{num_prompt} prompt tokens exceed max_num_batched_tokens ({self.max_num_batched_tokens}), and "
@@ -252,13 +232,13 @@ class Scheduler:
 
     def _admit(self, scheduled: list[ScheduledRequest], budget: int, prompt_rows: int) -> None:
         """Let waiting requests run, in order, as far as everything suffices."""
-        coming = self._coming_blocks(scheduled)
+        coming = self._tables.coming(scheduled)
         while self._waiting and budget and len(self._running) < self.max_num_seqs:
             request = self._waiting.first
-            cached = self._find_prefix(request)
-            num_cached_tokens = len(cached) * self.pool.block_size
-            num_remaining = request.num_tokens - num_cached_tokens
-            if coming and self._is_mostly_coming(request, coming, len(cached)):
+            cached = self._tables.find_prefix(request)
+            num_remaining = request.num_tokens - len(cached) * self.pool.block_size
+            # Waiting for others can't go on for ever: this step does compute it, so the next finds more cached.
+            if coming and self._tables.is_mostly_coming(request, coming, cached):
                 break
             num_new_tokens = min(num_remaining, budget)
             if request.wants_prompt_logprobs:
@@ -269,79 +249,41 @@ class Scheduler:
                 break
             # All its tokens must fit and leave a block for each running request: else it would soon be preempted. Nor
             # can anyone preempted in this very step come back in it: the blocks it gave up were not enough for others.
-            num_blocks = self.pool.blocks_for(request.num_tokens) - len(cached) + self.pool.count_free(cached)
-            if num_blocks + len(self._running) > self.pool.num_free:
+            if not self._tables.has_room(request, cached, spare=len(self._running)):
                 break
-            self._start(request, cached)
-            num_blocks = self.pool.blocks_for(num_cached_tokens + num_new_tokens) - len(cached)
-            request.block_table.extend(cached + self.pool.allocate(num_blocks))
-            part = _part(request, num_new_tokens)
+            self._start(request, cached, num_new_tokens)
+            part = ScheduledRequest.next(request, num_new_tokens)
             scheduled.append(part)
             budget -= num_new_tokens
             prompt_rows -= part.num_prompt_rows
-            if self.enable_prefix_caching:
-                coming.update(self._blocks_of(part))
+            coming |= self._tables.coming([part])
 
-    def _start(self, request: Request, cached: list[int]) -> None:
+    def _start(self, request: Request, cached: list[int], num_new_tokens: int) -> None:
         """Move the first waiting request to the running ones, with the blocks of its prefix that were found."""
         self._waiting.remove(request)
         self._waiting_tokens -= request.num_tokens
         request.status = RequestStatus.RUNNING
         self._running.add(request)
-        self.pool.take(cached)
-        num_cached_tokens = len(cached) * self.pool.block_size
-        request.num_computed_tokens = num_cached_tokens
-        request.num_published_blocks = len(cached)
+        self._tables.start(request, cached, num_new_tokens)
         request.prefill_end = request.num_tokens
         if request.num_preemptions == 0:
             num_prompt_tokens = len(request.prompt_token_ids)
-            request.num_cached_tokens = min(num_cached_tokens, num_prompt_tokens)
+            request.num_cached_tokens = min(request.num_computed_tokens, num_prompt_tokens)
             if self.enable_prefix_caching and not request.wants_prompt_logprobs:
                 self.totals.queried_tokens += num_prompt_tokens
                 self.totals.cached_tokens += request.num_cached_tokens
 
-    def _find_prefix(self, request: Request) -> list[int]:
-        """The cached blocks of those first tokens that need not be computed."""
-        if not self.enable_prefix_caching:
-            return []
-        extend_hashes(request.block_hashes, request.all_token_ids, self.pool.block_size)
-        return self.pool.find(islice(request.block_hashes, request.num_skippable_tokens // self.pool.block_size))
-
-    def _blocks_of(self, part: ScheduledRequest) -> list[bytes]:
-        """Hashes of the blocks of known tokens that can be found after the step that computes ``part``."""
-        size = self.pool.block_size
-        return part.request.block_hashes[part.start // size : (part.start + part.num_new_tokens) // size]
-
-    def _coming_blocks(self, scheduled: Sequence[ScheduledRequest]) -> set[bytes]:
-        """Hashes of the blocks that can be found after this step, decoded ones left out."""
-        if not self.enable_prefix_caching:
-            return set()
-        prefills = (part for part in scheduled if part.start < part.request.prefill_end)
-        return {block_hash for part in prefills for block_hash in self._blocks_of(part)}
-
-    def _is_mostly_coming(self, request: Request, coming: set[bytes], num_cached_blocks: int) -> bool:
-        """Whether this step computes for others at least half of the tokens that are new in a waiting request.
-
-        Waiting for that can't go on for ever: the step does compute them, so the next finds more of the request cached.
-        """
-        size = self.pool.block_size
-        wanted = islice(request.block_hashes, num_cached_blocks, request.num_skippable_tokens // size)
-        num_coming = sum(1 for _ in takewhile(coming.__contains__, wanted)) * size
-        return 2 * num_coming >= request.num_tokens - num_cached_blocks * size
-
     def _make_room(self, request: Request, num_tokens: int) -> bool:
         """Give a running request blocks for its first ``num_tokens`` tokens; False if it had to be preempted itself."""
-        num_blocks = self.pool.blocks_for(num_tokens) - len(request.block_table)
-        while num_blocks > self.pool.num_free:
+        while not self._tables.extend(request, num_tokens):
             if self._preempt_latest() is request:
                 return False
-        request.block_table.extend(self.pool.allocate(num_blocks))
         return True
 
     def _preempt_latest(self) -> Request:
         request = self._running.last
         self._running.remove(request)
-        self._release_blocks(request)
+        self._tables.release(request)
         request.num_computed_tokens = 0
         request.num_preemptions += 1
         self.totals.preemptions += 1
@@ -349,24 +291,3 @@ class Scheduler:
         self._waiting.add(request)
         self._waiting_tokens += request.num_tokens
         return request
-
-    def _release_blocks(self, request: Request) -> None:
-        self.pool.release(request.block_table)
-        del request.block_table[:]
-
-    def _publish(self, request: Request) -> None:
-        num_full = request.num_computed_tokens // self.pool.block_size
-        if num_full > len(request.block_hashes):
-            extend_hashes(request.block_hashes, request.all_token_ids, self.pool.block_size)
-        for i in range(request.num_published_blocks, num_full):
-            request.block_table[i] = self.pool.publish(request.block_table[i], request.block_hashes[i])
-        request.num_published_blocks = num_full
-
-
-def _part(request: Request, num_new_tokens: int) -> ScheduledRequest:
-    start = request.num_computed_tokens
-    end = start + num_new_tokens
-    num_prompt_rows = 0
-    if request.prompt_logprobs is not None and request.wants_prompt_logprobs:
-        num_prompt_rows = max(0, min(end, len(request.prompt_token_ids) - 1) - start)
-    return ScheduledRequest(request, num_new_tokens, start, end == request.num_tokens, num_prompt_rows)

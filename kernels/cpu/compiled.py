@@ -13,35 +13,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import cfunc, njit, types
+from numba import cfunc, types
 
-from kernels.cpu import vector
 from kernels.cpu.activations import quantize_chunk
 from kernels.cpu.arithmetic import ZERO, silu
-from kernels.cpu.layout import (
-    CHUNK,
-    CHUNK_BYTES,
-    DIRECT,
-    PAIR,
-    PASS,
-    ROWS,
-    SPAN,
-    TABLE_BYTES,
-    TILE,
-    WIDE_BYTES,
-)
-from kernels.cpu.words import add_lanes, bytes_at, floats_at, halves_at, ints_at, longs_at, room, take
-
-NATIVE = vector.native()
-HALF = np.float32(0.5)
-
-_direct_ccq_1, _direct_ccq_2 = (vector.direct("ccq", tokens, own=False) for tokens in (1, 2))
-_direct_own_1, _direct_own_2 = (vector.direct("ccq", tokens, own=True) for tokens in (1, 2))
-_direct_int4_1, _direct_int4_2 = (vector.direct("int4", tokens, own=False) for tokens in (1, 2))
-_direct_int8_1, _direct_int8_2 = (vector.direct("int8", tokens, own=False) for tokens in (1, 2))
-_direct_line_1, _direct_line_2 = (vector.direct("line", tokens, own=False) for tokens in (1, 2))
-_unpack_ccq, _unpack_int4, _unpack_int8, _unpack_line = (vector.unpack(kind) for kind in vector.KINDS)
-_tile, _tile_scaled = vector.tile(scaled=False), vector.tile(scaled=True)
+from kernels.cpu.chunks import MOST_DIRECT, NATIVE, add_tile, fill_table, multiply, nibble, read_planes, unpack
+from kernels.cpu.layout import CHUNK, CHUNK_BYTES, PAIR, PASS, ROWS, SPAN, TABLE_BYTES, TILE, WIDE_BYTES
+from kernels.cpu.words import add_lanes, bytes_at, floats_at, ints_at, longs_at, room, take
 
 _chunk_room = room(4 * CHUNK)
 _tables_room = room(TILE * TABLE_BYTES)
@@ -50,154 +28,6 @@ _steps_room = room(TILE * SPAN * 64)
 _sums_room = room(PASS * TILE * 64)
 _addresses_room = room(8 * PAIR)
 _outputs_room = room(8 * PAIR)
-
-
-@njit(error_model="numpy")
-def _fill(table: Any, scale: Any, zero: Any) -> None:
-    """A column's codebook [4, 256], by the reference's arithmetic: each operation rounds by itself."""
-    entries = bytes_at(table)
-    for u in range(256):
-        word = np.int32(np.floor(np.float32(u) * scale + zero + HALF))
-        for j in range(4):
-            entries[256 * j + u] = np.uint8((word >> (9 - 3 * j)) & 63)
-
-
-@njit(error_model="numpy")
-def _nibble(scales: Any, group: Any) -> Any:
-    """Scale of a group; an even one is the high half of its byte."""
-    byte = np.int64(bytes_at(scales)[group >> 1])
-    return (byte & 15) if group & 1 else (byte >> 4)
-
-
-@njit(error_model="numpy")
-def _planes(kind: Any, codes: Any, table: Any, target: Any) -> None:
-    """A chunk's four planes of 64 unsigned bytes."""
-    source, planes, entries = bytes_at(codes), bytes_at(target), bytes_at(table)
-    if kind == 0:
-        for r in range(64):
-            u = np.int64(source[r])
-            for j in range(4):
-                planes[64 * j + r] = entries[256 * j + u]
-    elif kind == 3:
-        for place in range(256):
-            plane, lane, r = place >> 6, (place >> 2) & 15, place & 3
-            u = np.int64(source[16 * (lane >> 2) + 8 * (plane >> 1) + 4 * ((lane >> 1) & 1) + r])
-            planes[place] = entries[256 * (2 * (plane & 1) + (lane & 1)) + u]
-    elif kind == 1:
-        for half in range(2):
-            for r in range(64):
-                byte = source[64 * half + r]
-                planes[128 * half + r] = byte & np.uint8(15)
-                planes[128 * half + 64 + r] = byte >> np.uint8(4)
-    else:
-        for i in range(256):
-            planes[i] = source[i]
-
-
-@njit(error_model="numpy")
-def _unpack_plain(
-    kind: Any, codes: Any, scales: Any, table: Any, out: Any, steps: Any, chunks: Any, offset: Any
-) -> None:
-    """`vector.unpack` in loops that LLVM vectorises for whatever there is."""
-    place = _chunk_room()
-    planes = bytes_at(place)
-    for c in range(chunks):
-        _planes(kind, codes + (64 << kind % 3) * c, table, place)
-        wide, lanes = halves_at(out + WIDE_BYTES * c), floats_at(steps + 64 * c)
-        for j in range(4):
-            for i in range(32):
-                wide[64 * j + i] = np.int16(planes[64 * j + 2 * i]) - np.int16(offset)
-                wide[64 * j + 32 + i] = np.int16(planes[64 * j + 2 * i + 1]) - np.int16(offset)
-        if kind % 3 == 0:
-            for g in range(4):
-                scale = np.float32(_nibble(scales, 4 * c + g))
-                for i in range(4):
-                    lanes[4 * g + i] = scale
-
-
-@njit(error_model="numpy")
-def _unpack_native(
-    kind: Any, codes: Any, scales: Any, table: Any, out: Any, steps: Any, chunks: Any, offset: Any
-) -> None:
-    if kind == 0:
-        _unpack_ccq(codes, scales, table, out, steps, chunks)
-    elif kind == 1:
-        _unpack_int4(codes, scales, table, out, steps, chunks)
-    elif kind == 3:
-        _unpack_line(codes, scales, table, out, steps, chunks)
-    else:
-        _unpack_int8(codes, scales, table, out, steps, chunks)
-
-
-@njit(error_model="numpy")
-def _direct(
-    kind: Any,
-    own: Any,
-    tokens: Any,
-    codes: Any,
-    scales: Any,
-    tables: Any,
-    factors: Any,
-    inputs: Any,
-    outputs: Any,
-    chunks: Any,
-    rows: Any,
-) -> None:
-    if kind == 0 and own:
-        if tokens == 1:
-            _direct_own_1(codes, scales, tables, factors, inputs, outputs, chunks, rows)
-        else:
-            _direct_own_2(codes, scales, tables, factors, inputs, outputs, chunks, rows)
-    elif kind == 0:
-        if tokens == 1:
-            _direct_ccq_1(codes, scales, tables, factors, inputs, outputs, chunks, rows)
-        else:
-            _direct_ccq_2(codes, scales, tables, factors, inputs, outputs, chunks, rows)
-    elif kind == 3:
-        if tokens == 1:
-            _direct_line_1(codes, scales, tables, factors, inputs, outputs, chunks, rows)
-        else:
-            _direct_line_2(codes, scales, tables, factors, inputs, outputs, chunks, rows)
-    elif kind == 1:
-        if tokens == 1:
-            _direct_int4_1(codes, scales, tables, factors, inputs, outputs, chunks, rows)
-        else:
-            _direct_int4_2(codes, scales, tables, factors, inputs, outputs, chunks, rows)
-    else:
-        if tokens == 1:
-            _direct_int8_1(codes, scales, tables, factors, inputs, outputs, chunks, rows)
-        else:
-            _direct_int8_2(codes, scales, tables, factors, inputs, outputs, chunks, rows)
-
-
-@njit(error_model="numpy")
-def _no_direct(
-    kind: Any,
-    own: Any,
-    tokens: Any,
-    codes: Any,
-    scales: Any,
-    tables: Any,
-    factors: Any,
-    inputs: Any,
-    outputs: Any,
-    chunks: Any,
-    rows: Any,
-) -> None:
-    """In place of `_direct` where the machine lacks its instructions: never called."""
-
-
-_unpack = _unpack_native if NATIVE else _unpack_plain
-_multiply = _direct if NATIVE else _no_direct
-_DIRECT = DIRECT if NATIVE else 0
-
-
-@njit(error_model="numpy")
-def _add_tile(kind: Any, planes: Any, steps: Any, inputs: Any, chunks: Any, sums: Any) -> None:
-    if kind % 3 == 0:
-        _tile_scaled(planes, steps, inputs, chunks, sums)
-    else:
-        _tile(planes, steps, inputs, chunks, sums)
 
 
 def quantize(version: str, *, cache: bool) -> Any:
@@ -265,15 +95,15 @@ def product(version: str, *, cache: bool) -> Any:
             rows, column = min(TILE, n - first_row), segments[segment] * n + first_row
             if own:
                 for i in range(rows):
-                    _fill(tables + TABLE_BYTES * i, code_scales[column + i], code_zeros[column + i])
+                    fill_table(tables + TABLE_BYTES * i, code_scales[column + i], code_zeros[column + i])
             table = tables if own else p[7] + TABLE_BYTES * segments[segment]
             codes, scales = p[5] + code_bytes * column, p[6] + scale_bytes * column
-            if count <= _DIRECT:
+            if count <= MOST_DIRECT:
                 for t in range(count):
                     entry = 2 * (first + t)
                     sources[t] = p[13] + row_bytes * entries[entry]
                     targets[t] = p[14] + 4 * (n * entries[entry + 1] + first_row)
-                _multiply(
+                multiply(
                     kind, own, count, codes, scales, table, p[8] + 4 * column, inputs, outputs, chunks, rows
                 )  # fmt: skip
                 continue
@@ -284,7 +114,7 @@ def product(version: str, *, cache: bool) -> Any:
                 for c in range(0, chunks, SPAN):
                     span = min(SPAN, chunks - c)
                     for i in range(rows):
-                        _unpack(
+                        unpack(
                             kind,
                             codes + code_bytes * i + (64 << kind % 3) * c,
                             scales + scale_bytes * i + 2 * c,
@@ -299,7 +129,7 @@ def product(version: str, *, cache: bool) -> Any:
                             entry = 2 * (first + begin + min(t + i, tokens - 1))
                             sources[i] = p[13] + row_bytes * entries[entry] + CHUNK_BYTES * c
                         for i in range(0, rows, ROWS):
-                            _add_tile(
+                            add_tile(
                                 kind,
                                 planes + SPAN * WIDE_BYTES * i,
                                 steps + SPAN * 64 * i,
@@ -336,16 +166,16 @@ def decode(version: str, *, cache: bool) -> Any:
             table = p[7]
             if table == 0 and kind == 0:
                 table = own_table
-                _fill(table, code_scales[column], code_zeros[column])
+                fill_table(table, code_scales[column], code_zeros[column])
             out = floats_at(p[14] + 4 * k * row)
             for c in range(chunks):
-                _planes(kind, p[5] + (64 << kind % 3) * (chunks * column + c), table, place)
+                read_planes(kind, p[5] + (64 << kind % 3) * (chunks * column + c), table, place)
                 for i in range(CHUNK):
                     feature = CHUNK * c + np.int64(order[i])
                     if feature < k:
                         value = np.int64(planes[i]) - offset
                         if kind % 3 == 0:
-                            value *= _nibble(p[6] + 2 * chunks * column, feature >> 6)
+                            value *= nibble(p[6] + 2 * chunks * column, feature >> 6)
                         out[feature] = np.float32(value) * factors[column]
 
     return decode

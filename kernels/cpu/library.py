@@ -15,11 +15,14 @@ from kernels.cpu import (
     activations,
     arithmetic,
     attend,
+    chunks,
     compiled,
     elementwise,
+    emit,
     experts,
     halves,
     layout,
+    planes,
     pool,
     vector,
     words,
@@ -44,7 +47,7 @@ _FACTORIES: dict[str, Callable[..., Any]] = {
     "work": pool.work,
     "serve": pool.serve,
 }
-NATIVE = compiled.NATIVE
+NATIVE = chunks.NATIVE
 """Whether the machine has the instructions of `kernels.cpu.vector`."""
 
 
@@ -97,5 +100,6 @@ def _warn() -> None:
 def _version() -> str:
     """Of the sources, as a part of the key of numba's cache: by itself it looks only at the age of a kernel's own file
     and would miss a change of what that imports."""
-    modules = (activations, arithmetic, attend, compiled, elementwise, experts, halves, layout, pool, vector, words)
+    kernels = (attend, compiled, elementwise, experts, halves, pool)
+    modules = (*kernels, activations, arithmetic, chunks, emit, layout, planes, vector, words)
     return hashlib.sha256(b"".join(Path(str(module.__file__)).read_bytes() for module in modules)).hexdigest()

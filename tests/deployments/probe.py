@@ -12,7 +12,8 @@ from typing import Any
 import ray
 from ray import serve
 
-from deployments.client import ClientOptions, EngineClient, ModelInfo
+from deployments.client import ClientOptions, EngineClient
+from deployments.directory import ModelInfo
 from engine.messages import EngineLoad, EngineRequest, FinishReason, TokenDelta
 from engine.sampling_params import SamplingParams
 
@@ -57,7 +58,7 @@ class Probe:
 
     async def generate_in(self, pool: str, request: EngineRequest) -> list[int]:
         """As :meth:`generate`, on the one engine of a pool, whatever the router would choose."""
-        (connection,) = [c for c in self._client._connections.values() if c.address.pool == pool and c.ready]
+        (connection,) = [c for c in self._client._engines if c.address.pool == pool and c.ready]
         inbox = connection.submit(request)
         token_ids: list[int] = []
         while len(token_ids) < request.max_tokens:
@@ -129,7 +130,7 @@ class Probe:
         counted: dict[int, int] = {}
         tasks = [asyncio.ensure_future(anext(stream)) for stream in streams]
         await asyncio.sleep(0)
-        for connection in self._client._connections.values():
+        for connection in self._client._engines:
             counted[id(connection)] = len(connection)
         await asyncio.gather(*tasks)
         for stream in streams:

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deployments.client import ClientOptions, EngineClient, PoolState
+from deployments.client import ClientOptions, EngineClient
 from deployments.config import FailoverConfig
 from deployments.connection import EngineConnection
 from deployments.continuation import Continuation
-from deployments.directory import EngineAddress, ModelInfo
+from deployments.directory import EngineAddress, ModelInfo, PoolInfo
 from deployments.observer import Observer
 from deployments.routing import Choice, Replica, RoutingOptions
 from deployments.token_stream import Demultiplexer, Inbox
@@ -103,7 +103,7 @@ class Client(EngineClient):
         options = ClientOptions(
             info=ModelInfo("", "", 64, 0),
             identity=None,
-            pools=(PoolState("cpu", 64, on_demand=False),),
+            pools=(PoolInfo("cpu", 64, on_demand=False),),
             routing=RoutingOptions(),
             failover=FailoverConfig(max_losses=max_losses, max_losses_in_all=max_losses_in_all),
         )
@@ -204,7 +204,7 @@ class Nobody(EngineClient):
         options = ClientOptions(
             info=ModelInfo("", "", 64, 0),
             identity=None,
-            pools=(PoolState("cpu", 64, on_demand=False),),
+            pools=(PoolInfo("cpu", 64, on_demand=False),),
             routing=RoutingOptions(),
             failover=FailoverConfig(hold_s=0.2, max_held=max_held),
         )

@@ -6,9 +6,10 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-from deployments.client import ClientOptions, EngineClient, PoolState
+from deployments.client import ClientOptions, EngineClient
 from deployments.config import FailoverConfig
-from deployments.directory import EngineAddress, ModelInfo
+from deployments.directory import EngineAddress, ModelInfo, PoolInfo
+from deployments.engines import Engines
 from deployments.lease import open_lease
 from deployments.routing import Replica, RoutingOptions
 from engine.messages import EngineRequest
@@ -64,16 +65,20 @@ class Handle:
         return self.calls[-1]
 
 
-class Client(EngineClient):
-    """Knows of engines what the test lists, and hears nothing of them."""
-
-    def __init__(self, handles: dict[str, Handle]) -> None:
-        pools = tuple(PoolState(name, 64, on_demand=True) for name in handles)
-        options = ClientOptions(ModelInfo("", "", 64, 0), None, pools, RoutingOptions(), FailoverConfig())
-        super().__init__(handles, options)  # type: ignore[arg-type]  # stand in for Serve's
+class Unheard(Engines):
+    """Engines of which nothing is ever heard."""
 
     async def _stay_connected(self, engine: EngineAddress) -> None:
         await asyncio.Event().wait()
+
+
+class Client(EngineClient):
+    """Knows of engines what the test lists."""
+
+    def __init__(self, handles: dict[str, Handle]) -> None:
+        pools = tuple(PoolInfo(name, 64, on_demand=True) for name in handles)
+        options = ClientOptions(ModelInfo("", "", 64, 0), None, pools, RoutingOptions(), FailoverConfig())
+        super().__init__(handles, options, engines=Unheard)  # type: ignore[arg-type]  # stand in for Serve's
 
 
 async def scenario(play: Callable[[Client, dict[str, Handle]], Any], *pools: str) -> None:
@@ -96,9 +101,9 @@ def test_an_engine_that_came_and_went_is_called_for_again() -> None:
     async def play(client: Client, handles: dict[str, Handle]) -> None:
         handle = handles["lazy"]
         first = await handle.next_call()
-        client._on_change("lazy", [address("lazy")])
+        client._engines.update("lazy", [address("lazy")])
         first.answer.set_result(False)
-        client._on_change("lazy", [])
+        client._engines.update("lazy", [])
         again = await handle.next_call()
         assert again is not first
         assert first.cancelled
@@ -130,7 +135,7 @@ def test_a_pool_that_cannot_hold_the_request_keeps_no_other_from_being_called() 
 
     async def play(client: Client, handles: dict[str, Handle]) -> None:
         await handles["small"].next_call()
-        client._max_model_lens["small"] = 16
+        client._engines._max_model_lens["small"] = 16
         client._room.engine_came(1.0)
         await handles["large"].next_call()
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from engine.execution.batch import build_step_input
 from engine.execution.executor import Executor
 from engine.sampling_params import SamplingParams
+from engine.scheduling.part import ScheduledRequest
 from engine.scheduling.request import Request
-from engine.scheduling.scheduler import ScheduledRequest
 
 
 class Cache:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from conftest import TINY, application_args
-from probe import greedy
+from crowd import TOKENS, Crowd, pool
 from ray import serve
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeDeploySchema
@@ -16,24 +15,6 @@ from ray.serve.schema import ServeDeploySchema
 from deployments.autoscaling import APPLICATION_POLICY
 
 NAME = "together"
-TOKENS = 150
-CLIENTS = 12
-AUTOSCALING = {
-    "upscale_delay_s": 1.0,
-    "downscale_delay_s": 2.0,
-    "metrics_interval_s": 0.5,
-    "look_back_period_s": 2.0,
-    "start_s": 5.0,
-}
-
-
-def pool(name: str, cost: float) -> dict[str, Any]:
-    return {
-        "name": name,
-        "engine": {"max_num_seqs": 4},  # so that a dozen clients are more than one engine takes
-        "replicas": {"min": 0, "max": 1},
-        "autoscaling": {**AUTOSCALING, "cost": cost},
-    }
 
 
 @pytest.fixture
@@ -44,7 +25,7 @@ def probe(ray_cluster: object) -> Iterator[Any]:
         "route_prefix": None,
         "import_path": "conftest:probed",
         "autoscaling_policy": {"policy_function": APPLICATION_POLICY},
-        "args": application_args(TINY, [pool("dear", 5.0), pool("cheap", 1.0)]),
+        "args": application_args(TINY, [pool("dear", most=1, cost=5.0), pool("cheap", most=1, cost=1.0)]),
     }
     config = ServeDeploySchema.model_validate({"applications": [application]})
     try:
@@ -66,34 +47,14 @@ def running() -> set[str]:
 
 
 def test_the_cheaper_pool_comes_first_and_the_dearer_goes_first(probe: Any) -> None:
-    answers: list[int] = []
-    most, all_of_them = threading.Event(), threading.Event()
-
-    def ask(client: int) -> None:
-        enough = all_of_them if client == 0 else most
-        number = 0
-        while not enough.is_set():
-            number += 1
-            request = greedy(f"client-{client}-{number}", [1 + client, 2, 3], TOKENS)
-            token_ids, _ = probe.generate.remote(request).result(timeout_s=240)
-            answers.append(len(token_ids))
-
     assert probe.loads.remote().result(timeout_s=60) == []
-    clients = [threading.Thread(target=ask, args=(client,)) for client in range(CLIENTS)]
-    for client in clients:
-        client.start()
-    try:
+    with Crowd(probe) as crowd:
         probe.until_engines.remote(1).result(timeout_s=240)
         assert running() == {"cheap"}
         probe.until_engines.remote(2).result(timeout_s=240)
         assert running() == {"cheap", "dear"}
-        most.set()
+        crowd.leave(stay=1)
         probe.until_engines.remote(1).result(timeout_s=240)
         assert running() == {"cheap"}
-    finally:
-        most.set()
-        all_of_them.set()
-        for client in clients:
-            client.join()
     probe.until_engines.remote(0).result(timeout_s=240)
-    assert set(answers) == {TOKENS}
+    assert set(crowd.answers) == {TOKENS}

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from deployments.openai.protocol import ChatRequest, CompletionRequest
-from deployments.openai.unsupported import IGNORED, REFUSED
+from deployments.openai.requests.chat import ChatRequest
+from deployments.openai.requests.completion import CompletionRequest
+from deployments.openai.requests.unsupported import IGNORED, REFUSED
 
 PAGE = (Path(__file__).resolve().parents[3] / "docs" / "api.md").read_text(encoding="utf-8")
 

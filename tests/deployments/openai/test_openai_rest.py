@@ -17,7 +17,9 @@ from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
 from deployments.observer import Observer
-from deployments.openai.protocol import ChatRequest, CompletionRequest, parse
+from deployments.openai.requests.body import parse
+from deployments.openai.requests.chat import ChatRequest
+from deployments.openai.requests.completion import CompletionRequest
 from deployments.openai.routes import openai_routes
 from engine.tokenizer import AddedToken, Tokenizer
 

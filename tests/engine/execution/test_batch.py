@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from engine.execution.batch import build_step_input, dummy_step
 from engine.sampling_params import SamplingParams
+from engine.scheduling.part import ScheduledRequest
 from engine.scheduling.request import Request
-from engine.scheduling.scheduler import ScheduledRequest
 
 
 @st.composite

@@ -16,9 +16,10 @@ from engine.errors import RequestError
 from engine.messages import TokenLogprobs
 from engine.sampling_params import SamplingParams
 from engine.scheduling.block_pool import BlockPool
+from engine.scheduling.part import ScheduledRequest
 from engine.scheduling.prefix import extend_hashes
 from engine.scheduling.request import Request, RequestStatus
-from engine.scheduling.scheduler import ScheduledRequest, Scheduler
+from engine.scheduling.scheduler import Scheduler
 
 PARAMS = SamplingParams(seed=0)
 PROMPT_PARAMS = SamplingParams(seed=0, prompt_logprobs=0)

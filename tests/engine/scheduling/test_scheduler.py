@@ -7,8 +7,9 @@ import pytest
 from engine.errors import RequestError
 from engine.sampling_params import SamplingParams
 from engine.scheduling.block_pool import BlockPool
+from engine.scheduling.part import ScheduledRequest
 from engine.scheduling.request import Request, RequestStatus
-from engine.scheduling.scheduler import ScheduledRequest, Scheduler
+from engine.scheduling.scheduler import Scheduler
 
 names = (f"r{i}" for i in itertools.count())
 
