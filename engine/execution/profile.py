@@ -13,6 +13,7 @@ from engine.execution.batch import dummy_step
 from engine.execution.graphs import CudaCapture
 from engine.execution.memory import GpuMemory, describe
 from engine.execution.runner import ModelRunner
+from engine.execution.sampler import sampling_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -25,8 +26,11 @@ def profile(
     block_bytes: int,
     graph_sizes: tuple[int, ...],
     max_blocks: int,
+    vocab_size: int,
 ) -> GpuMemory:
     """Run the largest step, and capture the two largest graphs, over a cache that is just large enough.
+
+    Sampling is not run, but counted: it comes after the step, whose memory it may use.
 
     All ranks do this together, as their steps meet in collective operations.
 
@@ -37,6 +41,7 @@ def profile(
         block_bytes: of a block of the cache.
         graph_sizes: batch sizes that will be captured; empty for none.
         max_blocks: blocks of the longest sequence.
+        vocab_size: logits of a sequence.
 
     Raises:
         ConfigError: there is no memory for it.
@@ -52,7 +57,7 @@ def profile(
         torch.cuda.reset_peak_memory_stats(device)
         runner.run(step)
         torch.cuda.synchronize(device)
-        activations = torch.cuda.max_memory_allocated(device) - weights - cache_bytes
+        step_bytes = torch.cuda.max_memory_allocated(device) - weights - cache_bytes
         graphs = _graph_bytes(runner, graph_sizes, max_blocks, device)
     except torch.OutOfMemoryError as error:
         raise ConfigError(
@@ -65,7 +70,8 @@ def profile(
         torch.cuda.empty_cache()
     if graph_sizes:
         graphs += block_bytes
-    memory = GpuMemory(total=total, weights=weights, other=other, activations=max(0, activations), graphs=graphs)
+    activations = max(step_bytes, sampling_bytes(config, vocab_size))
+    memory = GpuMemory(total=total, weights=weights, other=other, activations=activations, graphs=graphs)
     logger.info("%s of %.2f GB: %s", device, total / 1e9, describe(memory))
     return memory
 

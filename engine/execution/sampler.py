@@ -25,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from engine.config import EngineConfig
 from engine.errors import EngineDeadError
 from engine.execution.filters import Candidates, Filter, candidates, sorted_candidates
 from engine.execution.logprobs import report
@@ -37,6 +38,9 @@ NOT_FINITE, UNSETTLED = -1, -2
 """In place of a token that can't be told yet."""
 MIN_TEMPERATURE = 1e-5
 """Temperatures above 0 and below this count as this: 1/T stays finite in float32."""
+LOGIT_BYTES = 48
+"""What sampling takes for each logit at its peak, at most, the logits themselves aside: rows with penalties that are
+sorted whole in float64. A GPU's sort has some room of its own besides."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +127,11 @@ class Sampler:
         part = sorted_candidates(scaled, [Filter.of(rows[i].params) for i in drawn])
         token_ids: list[int] = _perturbed_best(part, keys).tolist()
         return token_ids
+
+
+def sampling_bytes(config: EngineConfig, vocab_size: int) -> int:
+    """What sampling takes at its peak where every sequence of a step gets a token, the logits included."""
+    return min(config.max_num_seqs, config.max_num_batched_tokens) * vocab_size * (4 + LOGIT_BYTES)
 
 
 def _check_finite(best: Tensor, chosen: list[int], rows: Sequence[SamplingRow]) -> None:

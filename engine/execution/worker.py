@@ -244,6 +244,7 @@ class Worker:
             block_bytes=block_bytes,
             graph_sizes=self._graph_sizes,
             max_blocks=self._max_blocks,
+            vocab_size=self.model.vocab_size,
         )
         need = CacheNeed(self.max_model_len, block_bytes, self._block_bytes(torch.int8))
         heads = self.model.num_attention_heads

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from engine.config import EngineConfig, ModelConfig, MoeConfig
+from engine.execution.sampler import sampling_bytes
 from engine.layers.attention import heads_per_rank
 from engine.planning.layouts import Layout
 from engine.quantization.bf16 import Bf16
@@ -33,7 +34,7 @@ def step_bytes(model: ModelConfig, layout: Layout, engine: EngineConfig, size: i
 
     Four rows of the hidden size a token live through a layer: the output of the layer before, the residual stream
     before and after it, and the normed input. On top come the widest moments of attention, of a dense MLP or of the
-    experts; or, at the end, the logits in bf16 and in fp32.
+    experts; at the end, the logits in bf16 and in fp32; or, after the step, what sampling takes.
 
     Args:
         model: its shapes.
@@ -50,7 +51,7 @@ def step_bytes(model: ModelConfig, layout: Layout, engine: EngineConfig, size: i
     if model.moe is not None:
         moments.append(_experts(model, model.moe, _kind(model, layout, "experts"), tokens, size))
     logits = seqs * (2 * -(-model.vocab_size // size) + 4 * model.vocab_size)
-    return max(4 * row + max(moments), 2 * row + logits)
+    return max(4 * row + max(moments), 2 * row + logits, sampling_bytes(engine, model.vocab_size))
 
 
 def _kind(model: ModelConfig, layout: Layout, part: Part) -> Kind:

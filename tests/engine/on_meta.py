@@ -6,7 +6,6 @@ Tensors there have shapes and no values, so whatever asks for a value fails; lau
 from __future__ import annotations
 
 import dataclasses
-import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,8 +13,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from triton.runtime.interpreter import InterpretedFunction
 
 from benchmarks.random_weights import RandomWeights
@@ -130,27 +127,3 @@ def _storages(value: Any) -> Iterator[torch.UntypedStorage]:
     elif type(value).__module__.startswith(("engine.", "kernels.")) and hasattr(value, "__dict__"):
         for item in vars(value).values():
             yield from _storages(item)
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made while it is on and not freed yet.
-
-    Attributes:
-        peak: the most at any moment.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.peak = 0
-        self._alive: dict[int, int] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in self._alive:
-                    self._alive[storage._cdata] = storage.nbytes()
-                    weakref.finalize(storage, self._alive.pop, storage._cdata, None)
-        self.peak = max(self.peak, sum(self._alive.values()))
-        return result
