@@ -11,30 +11,26 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import click
+import kubernetes_validate
 import pytest
 import typer
 import yaml
-from dockerfile_parse import DockerfileParser
 
 from deployments.cli import app
+from deployments.config import AppConfig
+from tests.docs.programs import check_click, check_docker, check_flags, check_pip, commented
+from tests.images.recipe import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "helm").rglob("*.md")])
 PAGES += sorted((ROOT / "examples").rglob("*.md"))
 HELM = Path(sys.executable).parent / "helm"
-ELSEWHERE = {
-    "kubectl": {"get", "drain", "create", "port-forward", "logs"},
-    "ray": {"start", "status", "metrics"},
-    "serve": {"run", "deploy", "status", "shutdown"},
-    "docker": {"build", "push", "compose"},
-    "hf": {"download"},
-    "pip": {"install"},
-}
-"""Programs of others, and the verbs of theirs that we use."""
-OTHERS = {"curl", "cd", "git", "nvidia-smi", "cat", "npm", "node", "cmake", "export", "sudo"}
+CONFIGURED = [ROOT / name for name in ("Dockerfile", "compose.yaml", "serve_config.yaml")]
+"""Files whose comments show commands."""
+OTHERS = {"curl", "cd", "cmake", "torchrun", "build/bin/llama-quantize"}
+"""Programs whose arguments are not looked at."""
 
 COMMAND = re.compile(
-    r"^(?:\$ )?((?:[A-Z_]+=\S+ )*(?:\.venv/bin/)?(?:dibit|helm|kubectl|make|python|serve|ray|docker|hf)\b .*)$"
+    r"^(?:\$ )?((?:[A-Z_]+=\S+ )*(?:\.venv/bin/)?(?:dibit|helm|kubectl|make|python|serve|ray|docker|hf|pip)\b .*)$"
 )
 
 
@@ -50,7 +46,7 @@ def inline(text: str) -> Iterator[str]:
     """Commands between backticks."""
     prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
     for code in re.findall(r"`([^`\n]+)`", prose):
-        if COMMAND.match(code) and not re.search(r"[<…]|\.\.\.|\b[A-Z]{1,5}\b|--help`", code):
+        if COMMAND.match(code) and not re.search(r"[<…]|\.\.\.", code):
             yield code
 
 
@@ -61,7 +57,15 @@ def commands() -> list[tuple[str, str]]:
         for line in [*fenced(text), *inline(text)]:
             if COMMAND.match(line):
                 found.append((page.relative_to(ROOT).as_posix(), line))
+    for file in CONFIGURED:
+        found += [(file.name, re.sub(r"\s{2,}.*", "", line)) for line in commented(file) if COMMAND.match(line)]
     return list(dict.fromkeys(found))
+
+
+def test_every_line_to_type_is_looked_at() -> None:
+    for page in PAGES:
+        for line in fenced(page.read_text(encoding="utf-8")):
+            assert COMMAND.match(line) or words(line)[0] in OTHERS, f"{page.name}: {line}"
 
 
 def words(line: str) -> list[str]:
@@ -88,15 +92,14 @@ def test_commands_are_understood(page: str, line: str) -> None:
             assert {word for word in arguments if "=" not in word} <= targets
         case "python":
             check_python(arguments, (ROOT / page).parent)
-        case "docker" if arguments[0] == "build":
-            stages = {
-                step["value"].partition(" AS ")[2]
-                for step in DockerfileParser(path=str(ROOT)).structure
-                if step["instruction"] == "FROM"
-            }
-            assert arguments[arguments.index("--target") + 1] in stages
+        case "pip":
+            check_pip(arguments)
+        case "docker":
+            check_docker(arguments)
+        case "ray" | "serve" | "hf" as name:
+            check_click(name, arguments)
         case name:
-            assert name in OTHERS or arguments[0] in ELSEWHERE[name], line
+            check_flags(name, arguments)
 
 
 def check_dibit(arguments: list[str]) -> None:
@@ -119,7 +122,18 @@ def check_dibit(arguments: list[str]) -> None:
 def check_helm(arguments: list[str]) -> None:
     verb, *rest = arguments
     if verb not in ("install", "upgrade") or "helm/dibit" not in rest:
-        assert verb in ("install", "upgrade", "test", "uninstall", "repo", "lint", "template")
+        assert verb in (
+            "history",
+            "install",
+            "lint",
+            "repo",
+            "rollback",
+            "status",
+            "template",
+            "test",
+            "uninstall",
+            "upgrade",
+        )
         return
     flags = [word for word in rest if word != "--reuse-values"]
     done = subprocess.run([HELM, "template", *flags], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -173,6 +187,10 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_yaml_blocks_are_yaml(page: Path) -> None:
+def test_yaml_blocks_say_what_the_program_reads(page: Path) -> None:
     for block in re.findall(r"^```ya?ml\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
-        yaml.safe_load(block)
+        for content in yaml.safe_load_all(block):
+            if "apiVersion" in content:
+                kubernetes_validate.validate(content, "1.34", strict=True)
+            elif "applications" not in content and set(content) - {"model"} != {"apiKeys"}:
+                AppConfig.model_validate({"model": "some/model", **content.get("args", content)})
