@@ -9,6 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from deployments.access.config import AccessConfig
 from deployments.identity import ModelIdentity
+from deployments.mistakes import mistakes
 from deployments.observability.config import ObservabilityConfig
 from deployments.routing import RoutingOptions
 from engine.checkpoint.hub import is_repository, resolve_model
@@ -217,7 +218,7 @@ class AppConfig(_Section):
         try:
             config = cls.model_validate(args)
         except ValidationError as error:
-            raise ConfigError(f"serve_config.yaml, args: {_readable(error)}") from None
+            raise ConfigError(f"serve_config.yaml, args: {mistakes(error, cls)}") from None
         place = _model_place(config.model)
         pools = [
             pool if pool.model is None else pool.model_copy(update={"model": _model_place(pool.model)})
@@ -275,7 +276,7 @@ def _engine_options(engine: dict[str, Any]) -> dict[str, Any]:
     try:
         EngineConfig(model="", **engine)
     except ValidationError as error:
-        raise ValueError(_readable(error)) from None
+        raise ValueError(mistakes(error, EngineConfig)) from None
     return engine
 
 
@@ -293,17 +294,3 @@ def _model_place(model: str) -> str:
         f"model: there is no folder {model!r} (looked for {looked}); give the path of a downloaded model, the same on "
         "every node of the cluster, or the name of a repository, organisation/name"
     )
-
-
-def _readable(error: ValidationError) -> str:
-    """All mistakes in one line, each with the path of its field."""
-    problems = []
-    for item in error.errors():
-        path = ".".join(str(part) for part in item["loc"])
-        message = item["msg"].removeprefix("Value error, ")
-        if item["type"] == "extra_forbidden":
-            message = "no such option"
-        elif item["type"] not in ("value_error", "missing"):
-            message += f" (found {item['input']!r:.80})"
-        problems.append(f"{path}: {message}" if path else message)
-    return "; ".join(problems)

@@ -10,6 +10,7 @@ from deployments.config import PoolConfig
 REPLICA_CPUS = 0.1
 """The EngineReplica process only watches and counts; it shares a core."""
 
+ACCELERATOR = "accelerator_type:"
 ACCELERATOR_SHARE = 0.001
 """Ray marks a node that has an accelerator with one unit of ``accelerator_type:<name>``, of which each task takes this
 share (``ray.util.accelerators``, ``ray_option_utils``): enough to be placed there, never used up."""
@@ -23,7 +24,7 @@ def bundles(pool: PoolConfig) -> list[dict[str, float]]:
     rank: dict[str, float] = {"CPU": pool.cpus_per_rank, **pool.resources}
     if pool.accelerator_type is not None:
         rank["GPU"] = 1
-        rank[f"accelerator_type:{pool.accelerator_type}"] = ACCELERATOR_SHARE
+        rank[ACCELERATOR + pool.accelerator_type] = ACCELERATOR_SHARE
     return [{"CPU": REPLICA_CPUS}, *(dict(rank) for _ in range(pool.tensor_parallel_size))]
 
 
@@ -61,7 +62,9 @@ def missing(pool: PoolConfig, cluster: Mapping[str, float]) -> str:
         cluster: ``ray.cluster_resources()``: all there is on all nodes, in use or not.
     """
     lacking = [
-        f"{amount:g} {name} (the cluster has {cluster.get(name, 0):g})"
+        f"GPUs of type {pool.accelerator_type} (no node has one)"
+        if name.startswith(ACCELERATOR)
+        else f"{amount:g} {name} (the cluster has {cluster.get(name, 0):g})"
         for name, amount in total(bundles(pool) * pool.replicas.min).items()
         if not holds(cluster, {name: amount})
     ]

@@ -25,7 +25,10 @@ def choose_device(config: EngineConfig, rank: int) -> torch.device:
     """
     available = torch.cuda.is_available()
     if config.device == "cuda" and not available:
-        raise ConfigError("device is 'cuda', but torch sees no GPU; use device='cpu' or 'auto'")
+        raise ConfigError(
+            "device is 'cuda', but torch sees no GPU (`nvidia-smi` and `dibit env` tell why); "
+            "use device='cpu' or 'auto'"
+        )
     if config.device == "cpu" or not available:
         return torch.device("cpu")
     return torch.device("cuda", rank % torch.cuda.device_count())

@@ -64,7 +64,7 @@ def test_a_relative_model_is_found_in_the_working_directory(model: Path, monkeyp
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"modell": "x"}, "modell: no such option"),
+        ({"modell": "x"}, "modell: no such option; did you mean model?"),
         ({"pools": []}, "pools"),
         ({"pools": [{"replicas": 0}]}, "pools.0.replicas.max"),
         (
@@ -78,15 +78,16 @@ def test_a_relative_model_is_found_in_the_working_directory(model: Path, monkeyp
         ({"pools": [{"replicas": {"min": 3, "max": 2}}]}, "min (3) exceeds max (2)"),
         ({"pools": [{"replicas": "many"}]}, "pools.0.replicas"),
         ({"pools": [{"gpu": "H20"}]}, "pools.0.gpu: no such option"),
+        ({"pools": [{"replica": 2}]}, "pools.0.replica: no such option; did you mean replicas?"),
         ({"pools": [{"name": "H20 pool"}]}, "pools.0.name"),
         ({"pools": [{"num_cpus": 0}]}, "pools.0.num_cpus"),
         ({"pools": [{"tensor_parallel_size": 3}]}, "3 does not divide the model's 4 attention heads"),
         ({"pools": [{"name": "a"}, {"name": "a"}]}, "pool names must differ"),
-        ({"engine": {"max_num_seq": 4}}, "max_num_seq: no such option"),
+        ({"engine": {"max_num_seq": 4}}, "max_num_seq: no such option; did you mean max_num_seqs?"),
         ({"engine": {"max_model_len": 0}}, "max_model_len"),
         ({"engine": {"tensor_parallel_size": 2}}, "args.pools[].tensor_parallel_size"),
         ({"engine": {"model": "x"}}, "args.model"),
-        ({"ingress": {"replica": 2}}, "ingress.replica: no such option"),
+        ({"ingress": {"replica": 2}}, "ingress.replica: no such option; did you mean replicas?"),
         ({"health": {"stalled_after_s": -1}}, "health.stalled_after_s"),
         ({"model": ""}, "model"),
     ],
@@ -190,6 +191,6 @@ def test_what_is_missing_is_said_with_numbers() -> None:
     cluster = {"CPU": 64.0, "GPU": 2.0, "accelerator_type:A100": 1.0}
     said = missing(pool, cluster)
     assert "4 GPU (the cluster has 2)" in said
-    assert "accelerator_type:H20 (the cluster has 0)" in said
+    assert "GPUs of type H20 (no node has one)" in said
     assert "CPU (" not in said
     assert missing(pool, {"CPU": 5.0, "GPU": 4.0, "accelerator_type:H20": 1.0}) == ""
