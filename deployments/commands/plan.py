@@ -12,12 +12,12 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from deployments.commands.plan_tables import show_cards, show_grid, show_offers, show_parts
+from deployments.commands.plan_tables import show_cards, show_grid, show_offers, show_parts, show_stock
 from deployments.emit import emit
 from engine.config import EngineConfig, ModelConfig
 from engine.errors import ConfigError
-from engine.planning.advice import Offer, offers
-from engine.planning.cards import CARDS, Card, find_card
+from engine.planning.advice import Offer, arrange, offers
+from engine.planning.cards import CARDS, Card, find_stock
 from engine.planning.families import FAMILIES, REPOSITORIES, find_model
 from engine.planning.grid import Cell, grid
 from engine.planning.layouts import LAYOUTS, Layout, find_layout
@@ -95,8 +95,13 @@ def run_plan(options: PlanOptions) -> None:
     if options.context > model.max_position_embeddings:
         raise ConfigError(f"context: {options.context} exceeds the model's {model.max_position_embeddings}")
     demand = Demand(options.context, options.concurrency, options.kv_dtype)
-    cards = [find_card(gpu) for gpu in options.gpus] or list(CARDS.values())
-    found = offers(model, layout, demand, cards=cards, engine=engine)
+    stock = _stock(options.gpus)
+    cards = list(stock or CARDS.values())
+    owned = {card: count for card, count in stock.items() if count is not None}
+    if owned:
+        found = arrange(model, layout, demand, stock=owned, engine=engine)
+    else:
+        found = offers(model, layout, demand, cards=cards, engine=engine)
     if options.emit:
         if not found:
             raise ConfigError(_nothing(layout, demand, cards))
@@ -104,7 +109,7 @@ def run_plan(options: PlanOptions) -> None:
         sys.stdout.write(
             emit(
                 options.emit,
-                found[0],
+                found if owned else found[:1],
                 model=weights,
                 engine=engine.model_copy(update={"quantization": on_load}),
                 command=_command(options),
@@ -130,9 +135,25 @@ def run_plan(options: PlanOptions) -> None:
     show_parts(console, next(row[0] for row in rows.values() if row), title=f"{options.model} in {layout.name}")
     show_cards(console, rows, demand)
     if found:
-        show_offers(console, found)
+        show_stock(console, found, owned, demand) if owned else show_offers(console, found)
     else:
         console.print(f"[bold red]{_nothing(layout, demand, cards)}[/]")
+
+
+def _stock(gpus: Sequence[str]) -> dict[Card, int | None]:
+    """The cards asked for, and how many there are of each, if that is said.
+
+    Raises:
+        ConfigError: one can't be understood, or numbers are missing.
+    """
+    found: dict[Card, int | None] = {}
+    for card, count in map(find_stock, gpus):
+        if card in found:
+            raise ConfigError(f"gpu: {card.name} is there twice")
+        found[card] = count
+    if len({count is None for count in found.values()}) > 1:
+        raise ConfigError('gpu: give a number with all of them ("8xH20-141G": you have these) or with none')
+    return found
 
 
 def _usual(model: ModelConfig, *, built_in: bool) -> str:
@@ -191,7 +212,16 @@ def _record(
         "model": options.model,
         "format": layout.name,
         "fits": [of(fit) for row in rows.values() for fit in row],
-        "offers": [{"cards": offer.cards, "engines": offer.engines, "engine": of(offer.fit)} for offer in found],
+        "offers": [
+            {
+                "cards": offer.cards,
+                "engines": offer.engines,
+                "sequences": offer.sequences,
+                "decode_limit": offer.decode_limit,
+                "engine": of(offer.fit),
+            }
+            for offer in found
+        ],
         "grid": [asdict(cell) | {"total": cell.total} for cell in cells],
     }
 

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from engine.planning.advice import Offer
+from engine.planning.cards import Card
 from engine.planning.grid import Cell
 from engine.planning.plan import Demand, Fit, least
 
@@ -63,8 +64,25 @@ def show_offers(console: Console, found: Sequence[Offer]) -> None:
     """What to buy, the first choice first."""
     for number, offer in enumerate(found):
         start = "[bold]Recommended[/]" if number == 0 else "         or"
-        rate = _short(offer.fit.decode_limit * offer.engines, 1000)
+        rate = _short(offer.decode_limit, 1000)
         console.print(f"{start}: {offer}, decode at most {rate} tokens/s")
+
+
+def show_stock(console: Console, found: Sequence[Offer], stock: Mapping[Card, int], demand: Demand) -> None:
+    """What the cards that are there make: pools of one application."""
+    left = dict(stock)
+    for offer in found:
+        left[offer.fit.card] -= offer.cards
+        rate = _short(offer.decode_limit, 1000)
+        console.print(f"{offer}, {offer.sequences:,} sequences, decode at most {rate} tokens/s")
+    if any(left.values()):
+        unused = ", ".join(f"{count} x {card.name}" for card, count in left.items() if count)
+        console.print(f"Not used: {unused}")
+    held = sum(offer.sequences for offer in found)
+    style = "bold" if held >= demand.concurrency else "bold red"
+    console.print(
+        f"[{style}]Together {held:,} sequences of {demand.context:,} tokens; {demand.concurrency:,} wanted.[/]"
+    )
 
 
 def show_grid(console: Console, cells: Sequence[Cell], demand: Demand, *, title: str) -> None:

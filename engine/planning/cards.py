@@ -55,6 +55,18 @@ CUSTOM = re.compile(
     re.IGNORECASE,
 )
 
+STOCK = re.compile(r"^\s*(?P<count>[1-9]\d*)\s*[xX]\s*(?P<card>.+)$")
+
+
+def find_stock(text: str) -> tuple[Card, int | None]:
+    """A card, and of "8xH100" or "8 x H100" how many there are; None where no number is given.
+
+    Raises:
+        ConfigError: see `find_card`.
+    """
+    found = STOCK.match(text)
+    return (find_card(found["card"]), int(found["count"])) if found else (find_card(text), None)
+
 
 def find_card(text: str) -> Card:
     """The card called ``text``, or described by it: "80GB, 2.0TB/s, 312TFLOPs" (decimal gigabytes).

@@ -42,7 +42,15 @@ def test_table_has_every_format_and_context(capsys: pytest.CaptureFixture[str]) 
         assert word in text
 
 
-@pytest.mark.parametrize("arguments", [[], ["--gpu", "A100-80G", "--concurrency", "100"], ["--table"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["--table"],
+        ["--gpu", "A100-80G", "--concurrency", "100"],
+        ["--gpu", "8xH20-141G", "--gpu", "13xA100-80G", "--concurrency", "100"],
+    ],
+)
 def test_tables_fit_a_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: list[str]
 ) -> None:
@@ -84,6 +92,7 @@ def test_emitted_serve_config_is_read_back(capsys: pytest.CaptureFixture[str], c
     [
         [BIG, "--concurrency", "300", "--kv-dtype", "int8", "--gpu", "A100-80G"],
         [BIG, "--format", "tight", "--weights", "/models/my model", "--context", "4096", "--gpu", "H20-96G"],
+        [BIG, "--gpu", "8 x H20-141G", "--gpu", "4xA100-80G", "--concurrency", "90"],
         ["qwen2.5-72b", "--weights", "/q", "--bits", "3", "--quantize-embeddings", "int8", "--enforce-eager"],
     ],
 )
@@ -109,6 +118,17 @@ def test_engines_take_as_many_sequences_as_were_planned(
     assert pool.replicas.min * seqs >= concurrency
 
 
+def test_cards_that_are_there_become_pools(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [BIG, "--gpu", "8xH20-141G", "--gpu", "13xA100-80G", "--concurrency", "100"]
+    (application,) = yaml.safe_load(plan(capsys, *arguments, "--emit", "serve-config"))["applications"]
+    pools = AppConfig.model_validate(application["args"]).pools
+    used = {pool.accelerator_type: pool.replicas.min * pool.tensor_parallel_size for pool in pools}
+    assert used == {"H20": 8, "A100": 12}
+    text = plan(capsys, *arguments)
+    assert "Not used: 1 x A100-80G" in text
+    assert "100 wanted" in text
+
+
 def test_integers_are_made_of_published_weights_while_loading(capsys: pytest.CaptureFixture[str]) -> None:
     text = plan(capsys, BIG, "--format", "wint4", "--gpu", "A100-80G", "--emit", "serve-config")
     (application,) = yaml.safe_load(text)["applications"]
@@ -120,6 +140,9 @@ def test_integers_are_made_of_published_weights_while_loading(capsys: pytest.Cap
     ("arguments", "words"),
     [
         ([BIG, "--gpu", "5090"], "known are"),
+        ([BIG, "--gpu", "8xH100", "--gpu", "A100-80G"], "with all of them"),
+        ([BIG, "--gpu", "8xH100", "--gpu", "4xH100-80G"], "there twice"),
+        ([BIG, "--gpu", "8xH20-141G", "--gpu", "8xH20-96G", "--emit", "helm-values"], "apart by their type"),
         ([BIG, "--format", "wint3"], "none of"),
         ([BIG, "--quantize-embeddings", "wint4"], "none of bf16, int8, int4"),
         ([BIG, "--context", "1000000"], "exceeds the model's 131072"),

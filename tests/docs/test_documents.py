@@ -16,7 +16,7 @@ import pytest
 import typer
 import yaml
 
-from deployments.cli import app
+from deployments.cli import app, main
 from deployments.config import AppConfig
 from tests.docs.programs import check_click, check_docker, check_flags, check_pip, commented
 from tests.images.recipe import ROOT
@@ -80,13 +80,13 @@ def words(line: str) -> list[str]:
 
 
 @pytest.mark.parametrize(("page", "line"), commands())
-def test_commands_are_understood(page: str, line: str) -> None:
+def test_commands_are_understood(page: str, line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     program, *arguments = words(line)
     match Path(program).name:
         case "dibit":
             check_dibit(arguments)
         case "helm":
-            check_helm(arguments)
+            check_helm(made_before(page, arguments, tmp_path, capsys))
         case "make":
             targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
             assert {word for word in arguments if "=" not in word} <= targets
@@ -117,6 +117,20 @@ def check_dibit(arguments: list[str]) -> None:
     files = [ROOT / word for word in arguments if word.startswith("examples/")]
     assert all(path.exists() for path in files)
     command.make_context(command.name, list(arguments), parent=context)
+
+
+def made_before(page: str, arguments: list[str], folder: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """The arguments, with files that a `dibit` command of the page writes to in the place of their names."""
+    made = {}
+    for line in fenced((ROOT / page).read_text(encoding="utf-8")):
+        command, _, name = line.partition(" > ")
+        if name in arguments:
+            with pytest.raises(SystemExit) as ended:
+                main(words(command)[1:])
+            assert ended.value.code == 0, command
+            made[name] = folder / name
+            made[name].write_text(capsys.readouterr().out, encoding="utf-8")
+    return [str(made.get(word, word)) for word in arguments]
 
 
 def check_helm(arguments: list[str]) -> None:

@@ -14,10 +14,11 @@ from deployments.config import AppConfig
 BIG = "ernie-4.5-300b-a47b"
 
 
-def test_emitted_helm_values_make_the_same_pools(capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["plan", BIG, "--concurrency", "64", "--kv-dtype", "int8", "--gpu", "A100-80G", "--emit", "helm-values"]
+@pytest.mark.parametrize("gpus", [["A100-80G"], ["8xH20-141G"], ["8xH20-141G", "16xA100-80G"], ["16xA100-40G"]])
+def test_emitted_helm_values_make_the_same_pools(capsys: pytest.CaptureFixture[str], gpus: list[str]) -> None:
+    command = ["plan", BIG, "--concurrency", "64", "--kv-dtype", "int8", "--emit", "helm-values"]
     with pytest.raises(SystemExit):
-        main(command)
+        main(command + [word for gpu in gpus for word in ("--gpu", gpu)])
     text = capsys.readouterr().out
     values: dict[str, Any] = yaml.safe_load(text)
     objects = render(values)
@@ -25,7 +26,9 @@ def test_emitted_helm_values_make_the_same_pools(capsys: pytest.CaptureFixture[s
     (application,) = serve_config(objects)["applications"]
     config = AppConfig.model_validate(application["args"])
     assert config.model == "baidu/ERNIE-4.5-300B-A47B-2Bits-Paddle"
-    (pool,) = config.pools
-    group = service(objects)["rayClusterConfig"]["workerGroupSpecs"][1]
-    gpus = int(group["rayStartParams"]["num-gpus"])
-    assert group["replicas"] * gpus == pool.replicas.min * pool.tensor_parallel_size
+    groups = service(objects)["rayClusterConfig"]["workerGroupSpecs"][1:]
+    assert len(config.pools) == len(groups) == len(gpus)
+    for pool, group in zip(config.pools, groups, strict=True):
+        assert group["replicas"] * int(group["rayStartParams"]["num-gpus"]) == (
+            pool.replicas.min * pool.tensor_parallel_size
+        )

@@ -15,7 +15,9 @@ dibit plan ernie-4.5-300b-a47b --format tight --kv-dtype int8 --gpu H100 --conte
 
 dibit plan qwen2.5-72b --format bpdq --bits 2 --gpu 4090 --context 4096 --kv-dtype int8 --max-num-seqs 8
 
-dibit plan ernie-4.5-300b-a47b --concurrency 64 --emit helm-values > values.yaml"""
+dibit plan ernie-4.5-300b-a47b --concurrency 64 --emit helm-values > values.yaml
+
+dibit plan ernie-4.5-300b-a47b --gpu 8xH20-141G --gpu 8xA100-80G --concurrency 100 --emit helm-values > values.yaml"""
 
 
 def make_plan(
@@ -41,7 +43,10 @@ def make_plan(
     concurrency: Annotated[int, typer.Option(min=1, help="Sequences at once, all engines together.")] = 1,
     gpu: Annotated[
         list[str] | None,
-        typer.Option(help='A GPU by name, or as "80GB, 2.0TB/s, 312TFLOPs"; may be repeated. All known unless given.'),
+        typer.Option(
+            help='A GPU by name, or as "80GB, 2.0TB/s, 312TFLOPs"; with a number, "8xH20-141G", those that you have. '
+            "May be repeated. All known unless given."
+        ),
     ] = None,
     utilization: Annotated[
         float, typer.Option("--gpu-memory-utilization", min=0.01, max=1.0, help="Share of the memory to use.")

@@ -17,8 +17,8 @@ from engine.config import EngineConfig, ModelConfig
 from engine.errors import ConfigError, UnsupportedError
 from engine.execution.kv_cache import allocate
 from engine.layers.attention import heads_per_rank
-from engine.planning.advice import offers
-from engine.planning.cards import CARDS, find_card
+from engine.planning.advice import arrange, offers
+from engine.planning.cards import CARDS, find_card, find_stock
 from engine.planning.families import FAMILIES, find_model
 from engine.planning.layouts import LAYOUTS, find_layout
 from engine.planning.plan import Demand, fit, fits, least
@@ -176,6 +176,39 @@ def test_offers_hold_the_demand(layout: str, card: str, context: int, concurrenc
         assert offer.fit.decode_limit > 0
 
 
+@given(
+    stock=st.dictionaries(st.sampled_from(sorted(CARDS)), st.integers(1, 20), min_size=1, max_size=3),
+    context=st.sampled_from([1024, 8192, 131072]),
+    concurrency=st.integers(1, 300),
+)
+@settings(max_examples=40, deadline=None)
+def test_cards_that_are_there_hold_what_they_can(stock: dict[str, int], context: int, concurrency: int) -> None:
+    layout, engine = find_layout("wint2", ERNIE), EngineConfig(model="", max_num_seqs=256)
+    demand = Demand(context, concurrency, "int8")
+    owned = {CARDS[name]: count for name, count in stock.items()}
+    found = arrange(ERNIE, layout, demand, stock=owned, engine=engine)
+    for offer in found:
+        assert offer.fit.fits
+        assert offer.cards <= owned[offer.fit.card]
+    most = sum(
+        max(
+            (
+                count // one.tensor_parallel_size * one.largest_concurrency
+                for one in fits(ERNIE, layout, Demand(context, 1, "int8"), card=card, engine=engine)
+            ),
+            default=0,
+        )
+        for card, count in owned.items()
+    )
+    assert sum(offer.sequences for offer in found) >= min(concurrency, most)
+
+
+def test_of_cards_that_are_there_engines_are_small() -> None:
+    demand = Demand(32768, 40)
+    (offer,) = arrange(ERNIE, find_layout("wint2", ERNIE), demand, stock={CARDS["H20-141G"]: 8})
+    assert (offer.engines, offer.fit.tensor_parallel_size) == (8, 1)
+
+
 def test_more_ranks_hold_more() -> None:
     sizes = fits(ERNIE, find_layout("wint2", ERNIE), Demand(1024), card=CARDS["H20-96G"])
     tokens = [one.kv_tokens for one in sizes]
@@ -187,6 +220,10 @@ def test_a_card_can_be_described() -> None:
     assert (card.memory_bytes, card.bandwidth, card.flops) == (80 * 10**9, 2e12, 312e12)
     assert find_card("h100").name == "H100-80G"
     assert find_card("RTX 4090").name == "4090-24G"
+    assert find_stock("8 x H20-141G") == (CARDS["H20-141G"], 8)
+    assert find_stock("8xh100") == (CARDS["H100-80G"], 8)
+    assert find_stock("H100") == (CARDS["H100-80G"], None)
+    assert find_stock("2x80GB, 2.0TB/s, 312TFLOPs") == (find_card("80GB, 2.0TB/s, 312TFLOPs"), 2)
 
 
 @pytest.mark.parametrize(
