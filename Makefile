@@ -6,6 +6,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # The torch release Dibit is tested with; TORCH="torch==X" chooses another one.
 TORCH ?= torch==2.13.0
+# Processes of the tests. Those that start Ray clusters stay in one of them.
+JOBS ?= 2
 BIN := $(VENV)/bin
 # Ray reports anonymous usage to its makers unless told otherwise; opting in is the user's choice.
 export RAY_USAGE_STATS_ENABLED ?= 0
@@ -34,7 +36,7 @@ chat: install  ## Talk to a running server
 	$(BIN)/dibit chat
 
 test: install check  ## Install, then run the linters and all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadgroup
 
 check: install  ## Lint, type-check, and hold the borders between the rooms
 	$(BIN)/ruff check .
