@@ -36,7 +36,7 @@ chat: install  ## Talk to a running server
 	$(BIN)/dibit chat
 
 test: install check  ## Install, then run the linters and all tests
-	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadgroup
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadscope
 
 check: install  ## Lint, type-check, and hold the borders between the rooms
 	$(BIN)/ruff check .

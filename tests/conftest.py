@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 # Whichever test imports Triton first decides: its interpreter runs the kernels on CPU tensors.
 os.environ["TRITON_INTERPRET"] = "1"
 
-HERE = Path(__file__).parent
-WITH_CLUSTERS = ("chaos", "deployments", "images")
-"""Folders of tests that start servers and Ray clusters: one at a time, beside all others."""
+WITH_CLUSTERS = ("tests/chaos/", "tests/deployments/", "tests/images/")
+"""Folders of tests that start servers and Ray clusters."""
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """Where tests run in several processes (``--dist loadgroup``), those with clusters stay in one of them."""
-    if item.path.relative_to(HERE).parts[0] in WITH_CLUSTERS:
-        item.add_marker(pytest.mark.xdist_group("cluster"))
+class Scheduling(LoadScopeScheduling):
+    """A file at a time for each process, but all tests with clusters in the same one, as they share a cluster."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "clusters" if nodeid.startswith(WITH_CLUSTERS) else nodeid.partition("::")[0]
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Scheduling:
+    """For ``--numprocesses``; without it all tests run in this process."""
+    return Scheduling(config, log)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +13,8 @@ from rendering import CHART, ChartError, Objects, groups, helm, render, serve_co
 
 from deployments.config import AppConfig
 from deployments.observability.metrics import Metrics
+from deployments.observability.registry import Histogram
+from tests.promql import selectors
 
 PRESETS = sorted(path.name for path in CHART.glob("values*.yaml"))
 EVERYTHING = {
@@ -255,14 +256,18 @@ def test_bundled_redis_makes_way_for_another() -> None:
 
 
 def test_alerts_ask_for_metrics_that_exist() -> None:
-    metrics = {metric.name for metric in Metrics().registry}
+    labels = {}
+    for metric in Metrics().registry:
+        for suffix in ("_bucket", "_sum", "_count") if isinstance(metric, Histogram) else ("",):
+            labels[f"ray_{metric.name}{suffix}"] = {*metric.labels, "le", "namespace", "release"}
     rules = render(EVERYTHING)[("PrometheusRule", "test-dibit")]["spec"]["groups"][0]["rules"]
-    asked = {name for rule in rules for name in re.findall(r"\bray_(\w+?)(?:_bucket)?\{", rule["expr"])}
     assert len(rules) >= 6
-    assert asked <= metrics
     for rule in rules:
-        assert rule["expr"].count("(") == rule["expr"].count(")")
-        assert rule["expr"].count('namespace="ml",release="test"') == rule["expr"].count("ray_dibit_")
+        series = list(selectors(rule["expr"]))
+        assert series
+        for name, asked in series:
+            assert set(asked) <= labels[name], name
+            assert (asked["namespace"], asked["release"]) == ("ml", "test")
 
 
 def test_scrapes_have_the_label_that_alerts_ask_for() -> None:
