@@ -10,27 +10,23 @@ import time
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import ray
 from ray import ObjectRef
 from ray.exceptions import RayError
 
-from deployments.identity import ModelIdentity
 from deployments.progress import LoadingProgress, log_to_stderr
 from deployments.token_stream import Fanout, Outbox
 from engine.checkpoint.hub import resolve_model
-from engine.config import EngineConfig, ModelConfig
-from engine.core import EngineCore
+from engine.config import EngineConfig
 from engine.errors import EngineDeadError
-from engine.execution.control import ControlChannel
-from engine.execution.executor import Executor
-from engine.execution.follower import follow
-from engine.execution.parallel import free_address
-from engine.execution.worker import Worker
-from engine.loop import EngineLoop
 from engine.messages import EngineLoad, EngineRequest
-from engine.structured.compiler import GrammarCompiler
-from engine.tokenizer import Tokenizer
+
+if TYPE_CHECKING:  # torch comes with these; a replica, which imports this file too, has no use for it
+    from engine.execution.control import ControlChannel
+    from engine.execution.worker import Worker
+    from engine.loop import EngineLoop
 
 logger = logging.getLogger("deployments.shard")
 
@@ -79,8 +75,10 @@ class Shard:
     async def meeting(self) -> Meeting:
         """Shard 0: open the control channel, and say where the others find it."""
         host = str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]  # Ray's
-        self._control = ControlChannel(host, self._config.tensor_parallel_size)
-        return Meeting(rendezvous=free_address(host), control=self._control.address)
+        from deployments import rank
+
+        self._control, meeting = rank.open_control(host, self._config)
+        return meeting
 
     async def load(self, meeting: Meeting | None, served_model_name: str) -> None:
         """Read this rank's share of the weights; ``meeting`` is None where there is one rank.
@@ -91,14 +89,9 @@ class Shard:
         progress = LoadingProgress(served_model_name, speaks=self._rank == 0)
         folder = await asyncio.to_thread(resolve_model, self._config.model)
         self._config = self._config.model_copy(update={"model": str(folder)})
-        self._worker = Worker(
-            self._config,
-            ModelConfig.from_folder(folder),
-            rank=self._rank,
-            world_size=self._config.tensor_parallel_size,
-            rendezvous=meeting.rendezvous if meeting else None,
-            progress=progress,
-        )
+        from deployments import rank
+
+        self._worker = rank.make_worker(self._config, rank=self._rank, meeting=meeting, progress=progress)
         await asyncio.to_thread(self._worker.load)
         progress.done()
 
@@ -111,12 +104,17 @@ class Shard:
         Raises:
             DibitError: memory does not suffice, or another rank did not come.
         """
-        worker = self._loaded()
+        from deployments import rank
+
+        worker, fail = self._loaded(), self._fail_from_thread
         await asyncio.to_thread(worker.connect)
         if self._rank == 0:
-            return self._run_engine(worker)
+            running = rank.run_engine(self._config, worker, self._control, loop=self._loop, on_error=fail)
+            self._engine, self._fanout = running.engine, running.fanout
+            return running.info
         if meeting is not None:
-            threading.Thread(target=self._follow, args=(worker, meeting.control), name="rank", daemon=True).start()
+            following = (worker, meeting.control, fail)
+            threading.Thread(target=rank.follow_until_it_ends, args=following, name="rank", daemon=True).start()
         return None
 
     async def watch(self, tether: list[ObjectRef[None]]) -> None:
@@ -192,8 +190,10 @@ class Shard:
         Raises:
             RuntimeError: an invariant doesn't hold.
         """
+        from deployments import rank
+
         engine, _ = self._running()
-        return await asyncio.wrap_future(engine.call(_checked))
+        return await asyncio.wrap_future(engine.call(rank.checked))
 
     async def whereabouts(self) -> tuple[str, int]:
         """The node and the process that this rank is in."""
@@ -210,37 +210,6 @@ class Shard:
         if self._worker is None:
             raise EngineDeadError(f"rank {self._rank} was asked to join before it had loaded")
         return self._worker
-
-    def _run_engine(self, worker: Worker) -> EngineInfo:
-        tokenizer = Tokenizer.from_folder(self._config.model)
-        executor = Executor(worker, self._control)
-        core = EngineCore(
-            self._config,
-            worker.model,
-            executor,
-            used_vocab_size=tokenizer.used_vocab_size,
-            eos_token_ids=tokenizer.eos_token_ids,
-            grammars=GrammarCompiler.of(tokenizer, vocab_size=worker.model.vocab_size),
-        )
-        self._fanout = Fanout(self._loop, core.load())
-        self._engine = EngineLoop(core, on_step=self._fanout.publish, on_error=self._fail_from_thread)
-        self._engine.start()
-        return EngineInfo(
-            executor.max_model_len,
-            executor.block_size,
-            executor.num_kv_blocks,
-            ModelIdentity.of(worker.model, tokenizer).digest,
-        )
-
-    def _follow(self, worker: Worker, control: str) -> None:
-        """In a thread of its own: do what shard 0 says until it stops."""
-        try:
-            follow(worker, control)
-            failure = EngineDeadError("shard 0 has ended")
-        except Exception as error:  # nobody above this thread would hear of it
-            failure = EngineDeadError(f"{type(error).__name__}: {error}")
-            failure.__cause__ = error
-        self._fail_from_thread(failure)
 
     def _fail_from_thread(self, failure: EngineDeadError) -> None:
         self._loop.call_soon_threadsafe(self._fail, failure)
@@ -277,11 +246,6 @@ class Shard:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
-
-
-def _checked(core: EngineCore) -> EngineLoad:
-    core.check()
-    return core.load()
 
 
 async def _loss_of(tether: list[ObjectRef[None]]) -> None:

@@ -15,6 +15,11 @@ WITH_CLUSTERS = ("tests/chaos/", "tests/deployments/", "tests/images/")
 """Folders of tests that start servers and Ray clusters."""
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Kills come last, when nothing else runs: engines that come back want all cores."""
+    items.sort(key=lambda item: item.nodeid.startswith("tests/chaos/"))
+
+
 class Scheduling(LoadScopeScheduling):
     """A file at a time for each process, but all tests with clusters in the same one, as they share a cluster."""
 
