@@ -103,6 +103,11 @@ class _NoReading(TorchFunctionMode):
 class _Watch(TorchDispatchMode):
     """Notes operations that compute something; new tensors are kept, whatever made them."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # torch would import its compiler only to keep it out: two seconds of every start.
+        return False
+
     def __init__(self, tape: Tape) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
         self._tape = tape

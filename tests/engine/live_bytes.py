@@ -17,6 +17,10 @@ class LiveBytes(TorchDispatchMode):
         peak: the most at any moment.
     """
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # see kernels/cpu/tape.py
+
     def __init__(self) -> None:
         super().__init__()
         self.peak = 0
