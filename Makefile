@@ -6,8 +6,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # The torch release Dibit is tested with; TORCH="torch==X" chooses another one.
 TORCH ?= torch==2.13.0
-# Processes of the tests. Those that start Ray clusters stay in one of them.
-JOBS ?= 2
+# Further processes for the tests; those that start Ray clusters stay in one of them. 0: all tests in one process.
+JOBS ?= 0
 BIN := $(VENV)/bin
 # Ray reports anonymous usage to its makers unless told otherwise; opting in is the user's choice.
 export RAY_USAGE_STATS_ENABLED ?= 0

@@ -23,10 +23,14 @@ class RankPool:
     """Processes for ranks 1 ... size - 1."""
 
     def __init__(self, size: int) -> None:
+        self._size = size
+        self._start()
+
+    def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipes: list[Connection] = []
         self.processes = []
-        for rank in range(1, size):
+        for rank in range(1, self._size):
             ours, theirs = context.Pipe()
             process = context.Process(target=serve, args=(rank, theirs), daemon=True)
             process.start()
@@ -39,8 +43,8 @@ class RankPool:
         """An executor of `config.tensor_parallel_size` ranks."""
         size = config.tensor_parallel_size
         model = ModelConfig.from_folder(config.model)
+        control = ControlChannel(LOOPBACK, size)  # first, or it might be given the port that is only known to be free
         rendezvous = free_address(LOOPBACK)
-        control = ControlChannel(LOOPBACK, size)
         busy = self.pipes[: size - 1]
         for pipe in busy:
             pipe.send((config, model, rendezvous, control.address))
@@ -51,9 +55,14 @@ class RankPool:
                 if pipe.poll():
                     raise RuntimeError(pipe.recv())
 
-        worker.load()
-        worker.connect(check)
-        executor = Executor(worker, control)
+        try:
+            worker.load()
+            worker.connect(check)
+            executor = Executor(worker, control)
+        except BaseException:  # followers may wait for this rank for an hour
+            self._kill()
+            self._start()
+            raise
         try:
             yield executor
         finally:
@@ -63,6 +72,11 @@ class RankPool:
                 raise TimeoutError("a follower did not end after shutdown")
             if (failure := pipe.recv()) is not None:
                 raise RuntimeError(failure)
+
+    def _kill(self) -> None:
+        for process in self.processes:
+            process.kill()
+        self.close()
 
     def close(self) -> None:
         for pipe in self.pipes:
