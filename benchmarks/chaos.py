@@ -33,7 +33,7 @@ APP = "chaos"
 ENGINES, INGRESSES = 4, 3
 KINDS = (NodeKind("H20", 2), NodeKind("A100", 2))
 LEASES_END_S = 10.0
-"""After the last request, until whatever is still held is a leftover; a connection's lease lasts half a second longer."""
+"""After the last request, until whatever is held is a leftover: a connection's lease lasts half a second longer."""
 POLL_S = 0.5
 RECOVERY_S = 300.0
 CLOSED_WITHIN_S = 10.0
