@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from deployments.directory import EngineAddress
-from deployments.observability.registry import Labels, Registry
+from deployments.observability.registry import Histogram, Labels, Registry
 from deployments.observer import Observer
 from engine.messages import EngineLoad, EngineRequest
 
@@ -288,8 +288,8 @@ class Metrics(Observer):
 
     def _forget(self, gone: Labels) -> None:
         for metric in self.registry:
-            if metric.labels == REPLICA and metric.kind != "histogram":
-                metric.forget(gone.__eq__)  # type: ignore[union-attr]
+            if metric.labels == REPLICA and not isinstance(metric, Histogram):
+                metric.forget(gone.__eq__)
 
 
 def _columns(rows: Iterable[Sequence[int]]) -> list[int]:
