@@ -22,10 +22,10 @@ from deployments.connection import EngineConnection
 from deployments.continuation import Continuation, Suspicion
 from deployments.directory import EngineAddress, ModelInfo, PoolInfo
 from deployments.engines import Engines, EngineState
+from deployments.mailbox import Inbox
 from deployments.observer import Observer
 from deployments.refusals import Refusals
 from deployments.routing import Choice, Router, RoutingOptions
-from deployments.token_stream import Inbox
 from deployments.waiting_room import WaitingRoom
 from engine.errors import EngineDeadError, OverloadedError, RequestError
 from engine.messages import EngineLoad, EngineRequest, FinishReason, TokenDelta

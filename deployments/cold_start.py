@@ -52,5 +52,5 @@ class ColdStart:
         leases = self._engines.leases(pool)
         while True:
             if not self._engines.listed(pool):
-                await hold_lease(leases, self._request.request_id, ingress_id=self._engines.ingress_id, replica_id="")
+                await hold_lease(leases, self._request.request_id, replica_id="")
             await asyncio.sleep(CALL_AGAIN_S)

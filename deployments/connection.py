@@ -15,7 +15,8 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments.directory import EngineAddress
 from deployments.lease import open_lease
-from deployments.token_stream import Demultiplexer, Inbox, Item
+from deployments.mailbox import Inbox, Item
+from deployments.token_stream import Demultiplexer
 from engine.errors import EngineDeadError
 from engine.messages import EngineLoad, EngineRequest
 
@@ -25,9 +26,6 @@ UNREAD_ITEMS = 8
 LEASE_AFTER_S = 0.1
 """Time after which a connection that has requests gets a lease, so that Serve lets the replica drain. One for all:
 opening and ending a lease is work for three processes, more than all else that a request costs."""
-
-LEASE_LINGERS_S = 0.5
-"""Time that it outlasts the last request: who asks again at once doesn't meet the work of ending and opening it."""
 
 REQUEST_LEASE_AFTER_S = 1.0
 """Age at which a request gets a lease of its own besides, for Serve's count of requests. Not while a burst's first
@@ -51,7 +49,7 @@ class EngineConnection:
 
     Requests travel in one actor call at a time: those that come while one is under way go with the next, as Nagle's
     algorithm (RFC 896) has it, so a burst makes few calls and a single request doesn't wait. The leases, by which
-    Serve sees requests, are opened when these have lasted a while, and cancelled when they end.
+    Serve sees requests, are opened when these have lasted a while; the replica ends them.
     """
 
     def __init__(
@@ -91,8 +89,7 @@ class EngineConnection:
         self._failed = asyncio.Event()
         self._requests = Demultiplexer(self._note)
         self._lease: Lease | None = None
-        self._lease_end: asyncio.TimerHandle | None = None
-        self._leases: dict[str, Lease] = {}  # by request id
+        self._request_leases: dict[str, asyncio.TimerHandle] = {}  # those not opened yet, by request id
         self._to_submit: list[EngineRequest] = []
         self._to_abort: list[str] = []
         self._flushing = False
@@ -133,8 +130,6 @@ class EngineConnection:
             raise
         finally:
             self._fail(EngineDeadError(f"engine {self.address.replica_id} {ended}"))
-            if len(self._requests) == 0:
-                self._end_lease()
             for task in (reading, watching, failing):
                 task.cancel()
 
@@ -152,15 +147,10 @@ class EngineConnection:
         return inbox
 
     def finish(self, request_id: str, *, abort: bool) -> None:
-        """End a request: forget it here, end its lease, and with ``abort`` tell the engine to drop it."""
+        """End a request: forget it here, and with ``abort`` tell the engine to drop it."""
         self._requests.close(request_id)
-        if (lease := self._leases.pop(request_id, None)) is not None:
+        if (lease := self._request_leases.pop(request_id, None)) is not None:
             lease.cancel()
-        if len(self._requests) == 0 and self._lease_end is None:
-            # In an empty context, as in _schedule_flush: this outlasts the request.
-            linger = LEASE_LINGERS_S if isinstance(self._lease, asyncio.Task) else 0.0
-            loop, context = asyncio.get_running_loop(), contextvars.Context()
-            self._lease_end = loop.call_later(linger, self._end_lease, context=context)
         if abort and self._failure is None:
             self._to_abort.append(request_id)
             self._schedule_flush()
@@ -234,32 +224,39 @@ class EngineConnection:
             self._call(self._shard.submit.remote(self._ingress_id, submitted)).add_done_callback(self._submitted)
         if aborted:
             self._call(self._shard.abort.remote(aborted))
+        self._plan_lease()
         loop = asyncio.get_running_loop()
-        if self._lease_end is not None and len(self._requests):
-            self._lease_end.cancel()
-            self._lease_end = None
-        if self._lease is None and len(self._requests):
-            self._lease = loop.call_later(LEASE_AFTER_S, self._open_lease)
         for request_id in {request.request_id for request in submitted}.difference(aborted):
-            self._leases[request_id] = loop.call_later(REQUEST_LEASE_AFTER_S, self._open_request_lease, request_id)
+            timer = loop.call_later(REQUEST_LEASE_AFTER_S, self._open_request_lease, request_id)
+            self._request_leases[request_id] = timer
+
+    def _plan_lease(self) -> None:
+        if self._lease is None and self._failure is None and len(self._requests):
+            self._lease = asyncio.get_running_loop().call_later(LEASE_AFTER_S, self._open_lease)
 
     def _open_lease(self) -> None:
-        self._lease = self._request_lease(self._ingress_id)
+        self._lease = None
+        if len(self._requests):
+            self._lease = self._hold(self._ingress_id)
+            self._lease.add_done_callback(self._lease_ended)
 
-    def _end_lease(self) -> None:
-        for part in (self._lease, self._lease_end):
-            if part is not None:
-                part.cancel()
-        self._lease = self._lease_end = None
+    def _lease_ended(self, _: asyncio.Task[None]) -> None:
+        # In a lull, perhaps of one step, and meanwhile there are requests again.
+        self._lease = None
+        self._plan_lease()
 
     def _open_request_lease(self, request_id: str) -> None:
-        self._leases[request_id] = self._request_lease(request_id)
+        del self._request_leases[request_id]
+        self._hold(request_id)
 
-    def _request_lease(self, name: str) -> Lease:
-        return open_lease(self._lease_handle, name, ingress_id=self._ingress_id, replica_id=self.address.replica_id)
+    def _hold(self, name: str) -> asyncio.Task[None]:
+        lease = open_lease(self._lease_handle, name, replica_id=self.address.replica_id)
+        return self._keep(lease)
 
     def _call(self, reply: Any) -> asyncio.Task[None]:
-        task = asyncio.get_running_loop().create_task(self._expect(reply))
+        return self._keep(asyncio.get_running_loop().create_task(self._expect(reply)))
+
+    def _keep(self, task: asyncio.Task[None]) -> asyncio.Task[None]:
         self._calls.add(task)
         task.add_done_callback(self._calls.discard)
         return task

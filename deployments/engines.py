@@ -14,9 +14,9 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments.connection import EngineConnection
 from deployments.directory import EngineAddress, PoolInfo, ReplicaDirectory
+from deployments.mailbox import Item
 from deployments.observer import Observer
 from deployments.routing import Rates, Router
-from deployments.token_stream import Item
 from deployments.waiting_room import WaitingRoom
 from engine.messages import EngineLoad, EngineRequest
 

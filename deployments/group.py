@@ -6,7 +6,6 @@ import asyncio
 import logging
 import os
 import signal
-from collections.abc import AsyncGenerator
 from contextlib import suppress
 from typing import Any
 
@@ -138,10 +137,10 @@ class ShardGroup:
         load: EngineLoad = await self._shards[0].load_now.remote()
         return load
 
-    async def departures(self) -> AsyncGenerator[str, None]:
-        """Ids of ingresses that are gone, as shard 0 notices."""
-        async for item in self._shards[0].departures.options(num_returns="streaming").remote():
-            yield await item
+    async def under_way(self, names: list[str]) -> list[str]:
+        """Those of some requests and ingresses that the engine is at work for, see :meth:`Fanout.under_way`."""
+        found: list[str] = await self._shards[0].under_way.remote(names)
+        return found
 
 
 async def _as_future(reference: Any) -> None:

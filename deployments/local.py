@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from deployments.token_stream import Inbox
+from deployments.mailbox import Inbox
 from engine.config import EngineConfig, ModelConfig
 from engine.core import EngineCore, StepExecutor
 from engine.errors import EngineDeadError

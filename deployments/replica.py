@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import time
+from contextlib import suppress
 from typing import Any
 
 from ray import serve
@@ -24,6 +25,9 @@ logger = logging.getLogger("ray.serve")
 
 START_ATTEMPTS = 3
 """How often shards that die while loading are started anew before the replica gives up."""
+
+LEASE_CHECK_S = 0.5
+"""Pause between looks for leases that are over."""
 
 
 class EngineReplica:
@@ -50,7 +54,7 @@ class EngineReplica:
         context = serve.get_replica_context()
         self._replica_id = context.replica_id.unique_id
         self._stalled_after_s = stalled_after_s
-        self._listeners: dict[str, asyncio.Event] = {}  # by ingress id; set when the ingress is gone
+        self._leases: dict[str, asyncio.Event] = {}  # by what they are for; set to end them
         self._speed = Speed()
         started = time.monotonic()
         self._group, info = await self._start(config, pool, served_model_name)
@@ -75,14 +79,22 @@ class EngineReplica:
         self._tasks = [
             asyncio.create_task(self._share_fate()),
             asyncio.create_task(self._watch_progress()),
-            asyncio.create_task(self._end_leases_of_the_departed()),
+            asyncio.create_task(self._end_leases()),
         ]
 
-    async def lease(self, request_id: str, *, ingress_id: str, replica_id: str) -> bool:
-        """Lasts as long as the request, whose end cancels it; returns if the ingress is gone, or it isn't for us."""
+    async def lease(self, name: str, *, replica_id: str) -> bool:
+        """Lasts as long as the engine has what it is for, see :meth:`Fanout.under_way`.
+
+        Not until the caller ends it: Ray may lose what cancels a call (as when Serve sends the call to the replica in
+        the same turn of its loop), and callers die.
+
+        Args:
+            name: of a request, or of an ingress and all its requests.
+            replica_id: the engine that has it; for ``LeaseRouter``, and another than this one ends the lease at once.
+        """
         if replica_id != self._replica_id:
             return False
-        await self._listeners.setdefault(ingress_id, asyncio.Event()).wait()
+        await self._leases.setdefault(name, asyncio.Event()).wait()
         return True
 
     async def turned_away(self, prompt_tokens: int, *, replica_id: str) -> None:
@@ -144,7 +156,11 @@ class EngineReplica:
         # Not an exception: Serve would notice at its next health checks, up to three periods later.
         os._exit(1)
 
-    async def _end_leases_of_the_departed(self) -> None:
-        async for ingress_id in self._group.departures():
-            if (departed := self._listeners.pop(ingress_id, None)) is not None:
-                departed.set()
+    async def _end_leases(self) -> None:
+        while True:
+            await asyncio.sleep(LEASE_CHECK_S)
+            if not (names := list(self._leases)):
+                continue
+            with suppress(RayError):  # the shard is gone, of which _share_fate hears
+                for name in set(names).difference(await self._group.under_way(names)):
+                    self._leases.pop(name).set()

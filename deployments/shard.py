@@ -16,8 +16,9 @@ import ray
 from ray import ObjectRef
 from ray.exceptions import RayError
 
+from deployments.mailbox import Outbox
 from deployments.progress import LoadingProgress, log_to_stderr
-from deployments.token_stream import Fanout, Outbox
+from deployments.token_stream import Fanout
 from engine.checkpoint.hub import resolve_model
 from engine.config import EngineConfig
 from engine.errors import EngineDeadError
@@ -69,7 +70,6 @@ class Shard:
         self._worker: Worker | None = None
         self._engine: EngineLoop | None = None
         self._fanout: Fanout | None = None
-        self._departures: asyncio.Queue[str] = asyncio.Queue()
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def meeting(self) -> Meeting:
@@ -169,10 +169,10 @@ class Shard:
             watcher.cancel()
             self._leave(ingress_id, outbox)
 
-    async def departures(self) -> AsyncGenerator[str, None]:
-        """Shard 0: the id of each ingress whose stream has ended, for the owner to end its leases."""
-        while True:
-            yield await self._departures.get()
+    async def under_way(self, names: list[str]) -> list[str]:
+        """Shard 0: as :meth:`Fanout.under_way`, for the owner to end leases."""
+        _, fanout = self._running()
+        return fanout.under_way(names)
 
     async def seconds_since_progress(self) -> float:
         """Shard 0: seconds since the engine finished a step or showed a heartbeat."""
@@ -228,8 +228,6 @@ class Shard:
 
     def _leave(self, ingress_id: str, outbox: Outbox) -> None:
         engine, fanout = self._running()
-        if not outbox.is_closed:
-            self._departures.put_nowait(ingress_id)
         engine.abort(fanout.leave(ingress_id, outbox))
 
     async def _leave_with(self, ingress_id: str, outbox: Outbox, tether: list[ObjectRef[None]]) -> None:

@@ -14,6 +14,7 @@ from ray import serve
 
 from deployments.client import ClientOptions, EngineClient
 from deployments.directory import ModelInfo
+from deployments.lease import open_lease
 from engine.messages import EngineLoad, EngineRequest, FinishReason, TokenDelta
 from engine.sampling_params import SamplingParams
 
@@ -108,6 +109,25 @@ class Probe:
         await stream.aclose()
         await self.until_idle()
         return during, time.monotonic() - left
+
+    async def leases(self, request: EngineRequest) -> dict[str, bool]:
+        """Open leases for a request that runs, for its ingress, and for a request and an ingress that are not there.
+
+        Waits until the last two have ended, and when the request is over, until all have; by name, which were held when
+        the last two had ended.
+        """
+        (connection,) = self._client._engines
+        stream = self._client.generate(request)
+        await anext(stream)
+        names = [request.request_id, connection._ingress_id, "request that is over", "ingress that is gone"]
+        replica_id = connection.address.replica_id
+        leases = {name: open_lease(connection._lease_handle, name, replica_id=replica_id) for name in names}
+        async with asyncio.timeout(60):
+            await asyncio.gather(*(leases[name] for name in names[2:]))
+            held = {name: not lease.done() for name, lease in leases.items()}
+            await stream.aclose()
+            await asyncio.gather(*leases.values())
+        return held
 
     async def until_idle(self, timeout: float = 60) -> EngineLoad:
         """Wait until the one engine reports that all of its blocks are free."""

@@ -54,6 +54,12 @@ def test_a_client_that_leaves_frees_its_blocks(probe: Any) -> None:
     assert seconds < 1.0
 
 
+def test_a_lease_lasts_as_long_as_the_engine_has_what_it_is_for(probe: Any) -> None:
+    """Whatever became of the one who opened it: a lease that stays keeps its engine from draining."""
+    held = probe.leases.remote(greedy("leased", [9] * 20, 490)).result(timeout_s=120)
+    assert list(held.values()) == [True, True, False, False], held
+
+
 def test_what_the_engine_refuses_is_the_requests_error(probe: Any) -> None:
     with pytest.raises(RayTaskError) as raised:
         probe.generate.remote(greedy("refused", [10**6], 4)).result(timeout_s=120)

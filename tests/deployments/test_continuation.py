@@ -15,9 +15,10 @@ from deployments.config import FailoverConfig
 from deployments.connection import EngineConnection
 from deployments.continuation import Continuation
 from deployments.directory import EngineAddress, ModelInfo, PoolInfo
+from deployments.mailbox import Inbox
 from deployments.observer import Observer
 from deployments.routing import Choice, Replica, RoutingOptions
-from deployments.token_stream import Demultiplexer, Inbox
+from deployments.token_stream import Demultiplexer
 from engine.errors import EngineDeadError, OverloadedError, RequestError
 from engine.messages import EngineRequest, FinishReason, TokenDelta, TokenLogprobs
 from engine.sampling_params import SamplingParams

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deployments.token_stream import Demultiplexer, Fanout, decode_item
+from deployments.mailbox import decode_item
+from deployments.token_stream import Demultiplexer, Fanout
 from engine.errors import EngineDeadError, RequestError
 from engine.messages import EngineLoad, EngineRequest, FinishReason, StepOutput, TokenDelta, TokenLogprobs
 from engine.sampling_params import SamplingParams
@@ -176,5 +177,25 @@ def test_readers_know_what_is_cached_whenever_they_join_and_however_slowly_they_
             if joins:
                 streams.append(fanout.open(str(number + 1)).items())
                 known.append(set())
+
+    asyncio.run(run())
+
+
+def test_what_is_under_way_are_requests_that_want_tokens_and_who_asked_for_them() -> None:
+    async def run() -> None:
+        fanout = Fanout(asyncio.get_running_loop(), LOAD)
+        stays, goes = fanout.open("stays"), fanout.open("goes")
+        fanout.claim("stays", [request("a"), request("b")])
+        fanout.claim("goes", [request("c")])
+        names = ["stays", "goes", "a", "b", "c", "never seen"]
+        assert fanout.under_way(names) == ["stays", "goes", "a", "b", "c"]
+        fanout.leave("goes", goes)
+        assert fanout.under_way(names) == ["stays", "a", "b"]
+        fanout.publish(StepOutput([token("a", 1, last=True), token("b", 1)], {}, LOAD))
+        await settle()
+        assert fanout.under_way(names) == ["stays", "b"]
+        fanout.release(["b"])
+        assert fanout.under_way(names) == []
+        stays.close()
 
     asyncio.run(run())

@@ -10,7 +10,6 @@ from deployments.client import ClientOptions, EngineClient
 from deployments.config import FailoverConfig
 from deployments.directory import EngineAddress, ModelInfo, PoolInfo
 from deployments.engines import Engines
-from deployments.lease import open_lease
 from deployments.routing import Replica, RoutingOptions
 from engine.messages import EngineRequest
 from engine.sampling_params import SamplingParams
@@ -54,7 +53,7 @@ class Handle:
         assert method_name == "lease"
         return self
 
-    def remote(self, request_id: str, *, ingress_id: str, replica_id: str) -> Call:
+    def remote(self, name: str, *, replica_id: str) -> Call:
         self.calls.append(Call(replica_id))
         self.called.set()
         return self.calls[-1]
@@ -140,15 +139,3 @@ def test_a_pool_that_cannot_hold_the_request_keeps_no_other_from_being_called() 
         await handles["large"].next_call()
 
     asyncio.run(scenario(play, "small", "large"))
-
-
-def test_a_lease_ends_at_its_replica_wherever_the_call_has_got_to() -> None:
-    async def run() -> None:
-        handle = Handle()
-        lease = open_lease(handle, "r", ingress_id="i", replica_id="e")  # type: ignore[arg-type]  # stands in
-        call = await handle.next_call()
-        lease.cancel()
-        await asyncio.gather(lease, return_exceptions=True)
-        assert call.cancelled
-
-    asyncio.run(run())
