@@ -11,9 +11,9 @@ from pathlib import Path
 
 from deployments.mailbox import Inbox
 from engine.config import EngineConfig, ModelConfig
-from engine.core import EngineCore, StepExecutor
+from engine.core import EngineCore
 from engine.errors import EngineDeadError
-from engine.execution.executor import Executor
+from engine.execution.executor import Executor, StepExecutor
 from engine.loop import EngineLoop
 from engine.messages import EngineLoad, EngineRequest, StepOutput, TokenDelta
 from engine.structured.compiler import GrammarCompiler

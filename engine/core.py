@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection
 from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from engine.config import EngineConfig, ModelConfig
 from engine.errors import EngineDeadError, RequestError
-from engine.execution.batch import StepInput, build_step_input, sampled_rows
+from engine.execution.batch import build_step_input, sampled_rows
+from engine.execution.executor import StepExecutor
 from engine.execution.logprobs import report
 from engine.execution.sampler import Sampled, Sampler, SamplingRow
 from engine.messages import EngineLoad, EngineRequest, FinishReason, StepOutput, TokenDelta
@@ -24,32 +25,6 @@ from engine.structured.pending import Pending, dead_end
 
 if TYPE_CHECKING:  # XGrammar takes seconds to import
     from engine.structured.matcher import Matcher
-
-
-class StepExecutor(Protocol):
-    """What the core needs of :class:`engine.execution.executor.Executor`."""
-
-    @property
-    def num_kv_blocks(self) -> int:
-        """Pages in the KV cache."""
-
-    @property
-    def block_size(self) -> int:
-        """Tokens in a page."""
-
-    @property
-    def vocab_size(self) -> int:
-        """Columns of the logits, padding ids included."""
-
-    @property
-    def max_model_len(self) -> int:
-        """Tokens in a sequence at most, prompt and output."""
-
-    def execute(self, step: StepInput) -> Tensor:
-        """Run one flat batch; fp32 logits [len(step.logits_rows), vocab_size]."""
-
-    def shutdown(self) -> None:
-        """Let go of the model and of the other ranks; may be called again."""
 
 
 class EngineCore:

@@ -6,7 +6,6 @@ import itertools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast
@@ -15,18 +14,19 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from engine.chat import Message
+from engine.chat.template import Message
 from engine.checkpoint.hub import resolve_model
+from engine.collect import Choice, Job
 from engine.config import EngineConfig, ModelConfig
 from engine.core import EngineCore
 from engine.errors import ConfigError, EngineDeadError, RequestError
 from engine.execution.executor import Executor
-from engine.messages import EngineRequest, TokenDelta, TokenLogprobs
-from engine.outputs import CompletionOutput, PositionLogprobs, RequestOutput
+from engine.messages import TokenDelta
+from engine.outputs import RequestOutput
 from engine.requests import expand
 from engine.sampling_params import SamplingParams
 from engine.structured.compiler import GrammarCompiler
-from engine.text import TextStream
+from engine.text.stream import TextStream
 from engine.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
@@ -103,8 +103,8 @@ class LLM:
         """Continue every prompt.
 
         All prompts are checked before any is run (but whether ``structured_outputs`` can be used shows later, and ends
-        them all). Choice ``i`` of ``n`` has a seed of its own, derived from the
-        request's seed and ``i`` (:func:`engine.seeds.choice_seed`); choice 0 has the seed itself.
+        them all). Choice ``i`` of ``n`` has a seed of its own, derived from the request's seed and ``i``
+        (:func:`engine.seeds.choice_seed`); choice 0 has the seed itself.
 
         Args:
             prompts: text or token ids, one or several. Text is encoded with special tokens recognised: whoever calls
@@ -121,7 +121,7 @@ class LLM:
         """
         listed = _listed(prompts)
         jobs = [
-            _Job(
+            Job(
                 prompt if isinstance(prompt, str) else None,
                 self.tokenizer.encode(prompt, parse_special=True) if isinstance(prompt, str) else list(prompt),
             )
@@ -149,7 +149,7 @@ class LLM:
             "Sequence[Sequence[Message]]", [messages] if isinstance(messages[0], Mapping) else list(messages)
         )
         jobs = [
-            _Job(None, self.tokenizer.encode_chat(conversation, **template_variables)) for conversation in conversations
+            Job(None, self.tokenizer.encode_chat(conversation, **template_variables)) for conversation in conversations
         ]
         return self._run(jobs, sampling_params, self._progress if progress is None else progress)
 
@@ -167,11 +167,11 @@ class LLM:
         self.shutdown()
 
     def _run(
-        self, jobs: list[_Job], sampling_params: SamplingParams | Sequence[SamplingParams] | None, progress: bool
+        self, jobs: list[Job], sampling_params: SamplingParams | Sequence[SamplingParams] | None, progress: bool
     ) -> list[RequestOutput]:
         if self._failure is not None:
             raise EngineDeadError(f"the engine is gone: {self._failure}; make a new LLM") from self._failure
-        choices: dict[str, _Choice] = {}
+        choices: dict[str, Choice] = {}
         for job, params in zip(jobs, _params_for(jobs, sampling_params), strict=True):
             job.request_id = str(next(self._ids))
             for request in expand(
@@ -181,7 +181,7 @@ class LLM:
                 request_id=job.request_id,
                 used_vocab_size=self._used_vocab_size,
             ):
-                choice = _Choice(request, TextStream(self.tokenizer, request.params))
+                choice = Choice(request, TextStream(self.tokenizer, request.params))
                 job.choices.append(choice)
                 choices[request.request_id] = choice
         under_way = dict(choices)
@@ -239,66 +239,6 @@ class _Loading:
         self._bars.update(self._task, description=f"{what} (MiB)", completed=done // mebi, total=total // mebi)
 
 
-@dataclass(slots=True)
-class _Choice:
-    request: EngineRequest
-    stream: TextStream
-    texts: list[str] = field(default_factory=list)
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[PositionLogprobs] = field(default_factory=list)
-    prompt_logprobs: list[TokenLogprobs | None] | None = None
-    finish_reason: str = ""
-    stop_reason: str | int | None = None
-    num_cached_tokens: int = 0
-
-    def take(self, delta: TokenDelta) -> bool:
-        """Add the engine's delta; whether the choice is complete."""
-        new = self.stream.push(delta)
-        self.texts.append(new.text)
-        self.token_ids += new.token_ids
-        self.logprobs += new.logprobs or []
-        self.num_cached_tokens = max(self.num_cached_tokens, delta.num_cached_tokens)
-        if delta.prompt_logprobs is not None:
-            self.prompt_logprobs = delta.prompt_logprobs
-        if new.finish_reason is None:
-            return False
-        self.finish_reason, self.stop_reason = new.finish_reason.value, new.stop_reason
-        return True
-
-    def output(self, index: int) -> CompletionOutput:
-        asked = self.request.params.logprobs is not None
-        return CompletionOutput(
-            index=index,
-            text="".join(self.texts),
-            token_ids=self.token_ids,
-            logprobs=self.logprobs if asked else None,
-            cumulative_logprob=sum(entry.logprob for entry in self.logprobs) if asked else None,
-            finish_reason=self.finish_reason,
-            stop_reason=self.stop_reason,
-        )
-
-
-@dataclass(slots=True)
-class _Job:
-    prompt: str | None
-    prompt_token_ids: list[int]
-    request_id: str = ""
-    choices: list[_Choice] = field(default_factory=list)
-
-    def output(self, tokenizer: Tokenizer) -> RequestOutput:
-        prompt_logprobs = self.choices[0].prompt_logprobs
-        return RequestOutput(
-            request_id=self.request_id,
-            prompt=self.prompt,
-            prompt_token_ids=self.prompt_token_ids,
-            outputs=[choice.output(i) for i, choice in enumerate(self.choices)],
-            num_cached_tokens=max(choice.num_cached_tokens for choice in self.choices),
-            prompt_logprobs=None
-            if prompt_logprobs is None
-            else [None if entry is None else PositionLogprobs.of(entry, tokenizer) for entry in prompt_logprobs],
-        )
-
-
 def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """One prompt or several as a list."""
     if isinstance(prompts, str):
@@ -314,7 +254,7 @@ def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 
 
 def _params_for(
-    jobs: list[_Job], sampling_params: SamplingParams | Sequence[SamplingParams] | None
+    jobs: list[Job], sampling_params: SamplingParams | Sequence[SamplingParams] | None
 ) -> list[SamplingParams]:
     if sampling_params is None:
         return [SamplingParams()] * len(jobs)

@@ -2,7 +2,7 @@
 
 Text from users is encoded plain: the name of a special token in it becomes ordinary pieces. Only a rendered chat
 template, and prompts whose caller asks for it, have their special tokens recognised, and there too what a message
-says stays plain (:mod:`engine.chat` explains how the two are told apart).
+says stays plain (:mod:`engine.chat.template` explains how the two are told apart).
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.chat import ERNIE_BEGIN, ChatTemplate, Message
+from engine.chat.template import ERNIE_BEGIN, ChatTemplate, Message
 from engine.errors import ConfigError, RequestError
-from engine.vocabulary import HuggingFaceVocabulary, Vocabulary, load
+from engine.text.vocabulary import HuggingFaceVocabulary, Vocabulary, load
 
 END_NAMES = ("</s>", "<|end_of_sentence|>", "<|im_end|>")
 """Tokens that end a turn of ERNIE or Qwen2; whichever a model has are EOS besides those its files name."""

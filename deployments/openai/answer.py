@@ -14,7 +14,7 @@ from deployments.openai.generation import Batch, Choice, Collected, Engine, coll
 from deployments.openai.http import send_json
 from deployments.openai.pace import Pacer
 from engine.errors import RequestError
-from engine.text import TextDelta
+from engine.text.stream import TextDelta
 
 
 class Format(Protocol):

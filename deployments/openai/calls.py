@@ -15,7 +15,7 @@ from deployments.openai.markers import partial_length
 from deployments.openai.parts import CallArguments, CallBegins, Content, Part
 from deployments.openai.structure import Element, json_element
 from deployments.openai.tools import Calling, Tool
-from engine.chat import ChatTemplate
+from engine.chat.template import ChatTemplate
 from engine.errors import ConfigError
 
 
@@ -75,7 +75,7 @@ def dialect(name: str) -> Dialect:
 def dialect_of(template: ChatTemplate) -> Dialect | None:
     """The dialect that a model was trained on, as its template shows; None for one that nobody here reads.
 
-    A template without tools gets them spelled out in Hermes' form (:mod:`engine.tool_prompt`).
+    A template without tools gets them spelled out in Hermes' form (:mod:`engine.chat.tools`).
     """
     if not template.supports_tools:
         return HERMES

@@ -9,7 +9,7 @@ from typing import Any
 from deployments.openai.generation import Choice, Collected
 from deployments.openai.logprobs import chat_logprobs, prompt_logprobs
 from deployments.openai.sse import ChunkWriter
-from engine.text import TextDelta
+from engine.text.stream import TextDelta
 
 
 class ChatFormat:

@@ -18,7 +18,7 @@ from deployments.openai.requests.completion import CompletionRequest
 from deployments.openai.sse import ChunkWriter
 from engine.errors import RequestError
 from engine.outputs import Logprob, PositionLogprobs
-from engine.text import TextDelta
+from engine.text.stream import TextDelta
 from engine.tokenizer import Tokenizer
 
 

@@ -10,7 +10,7 @@ from typing import Protocol
 from engine.errors import EngineDeadError
 from engine.messages import EngineRequest, FinishReason, TokenDelta
 from engine.outputs import PositionLogprobs
-from engine.text import TextDelta, TextStream
+from engine.text.stream import TextDelta, TextStream
 from engine.tokenizer import Tokenizer
 
 

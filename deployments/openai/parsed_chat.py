@@ -12,7 +12,7 @@ from deployments.openai.logprobs import chat_logprobs
 from deployments.openai.parts import CallArguments, CallBegins, Content, Part, Thought
 from deployments.openai.shape import MessageParser, Shape
 from engine.messages import FinishReason
-from engine.text import TextDelta
+from engine.text.stream import TextDelta
 
 
 class ParsedChatFormat(ChatFormat):

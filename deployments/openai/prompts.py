@@ -17,7 +17,7 @@ from deployments.openai.tools import Tool
 from engine.errors import RequestError
 from engine.requests import expand
 from engine.sampling_params import SamplingParams
-from engine.text import TextStream
+from engine.text.stream import TextStream
 from engine.tokenizer import Tokenizer
 
 P = ParamSpec("P")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from torch import Tensor
 
 from engine.config import EngineConfig, ModelConfig
@@ -13,9 +15,35 @@ from engine.execution.launch import STOP_SECONDS, LocalFollowers
 from engine.execution.parallel import free_address
 from engine.execution.worker import Progress, Worker
 
-__all__ = ["Executor", "follow"]
+__all__ = ["Executor", "StepExecutor", "follow"]
 
 LOOPBACK = "127.0.0.1"
+
+
+class StepExecutor(Protocol):
+    """What the engine's core needs of an :class:`Executor`."""
+
+    @property
+    def num_kv_blocks(self) -> int:
+        """Pages in the KV cache."""
+
+    @property
+    def block_size(self) -> int:
+        """Tokens in a page."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Columns of the logits, padding ids included."""
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens in a sequence at most, prompt and output."""
+
+    def execute(self, step: StepInput) -> Tensor:
+        """Run one flat batch; fp32 logits [len(step.logits_rows), vocab_size]."""
+
+    def shutdown(self) -> None:
+        """Let go of the model and of the other ranks; may be called again."""
 
 
 class Executor:

@@ -16,9 +16,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.execution.batch import StepInput
 from engine.execution.padding import DecodeBatch, DecodeBuffers, choose_size, is_decode, pad
+from kernels import choice
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +44,19 @@ def capture_sizes(max_num_seqs: int) -> tuple[int, ...]:
     largest = min(max_num_seqs, LARGEST_SIZE)
     sizes = (*SMALL_SIZES, *range(2 * SIZE_STEP, largest, SIZE_STEP), largest)
     return tuple(sorted({size for size in sizes if size <= largest}))
+
+
+def graph_sizes(config: EngineConfig, device: torch.device, dtype: torch.dtype, world_size: int) -> tuple[int, ...]:
+    """Batch sizes whose decode steps are captured or recorded, ascending; none where that can't be, or isn't wanted."""
+    if config.enforce_eager:
+        return ()
+    if device.type == "cpu":  # whose sums over ranks can't be recorded, nor its attention in another dtype
+        return cpu_sizes(config.max_num_seqs) if world_size == 1 and dtype == torch.float32 else ()
+    reason = choice.why_not_captured(device)
+    if reason is not None:
+        logger.warning("decoding without CUDA graphs: %s", reason)
+        return ()
+    return capture_sizes(config.max_num_seqs)
 
 
 class Capture(Protocol):

@@ -18,7 +18,7 @@ from engine.errors import ConfigError
 from engine.execution import kv_cache
 from engine.execution.batch import StepInput
 from engine.execution.experts import ExpertLoad
-from engine.execution.graphs import CudaCapture, capture_sizes, cpu_sizes
+from engine.execution.graphs import CudaCapture, graph_sizes
 from engine.execution.machine import available_cores, choose_device, choose_dtype, choose_max_model_len
 from engine.execution.memory import CacheNeed, shortage
 from engine.execution.parallel import TensorParallelGroup
@@ -30,7 +30,7 @@ from engine.quantization.config import QuantizationConfig
 from engine.quantization.format import RowOrder
 from engine.quantization.served import as_served
 from engine.quantization.vocabulary import savings
-from kernels import choice, ops
+from kernels import ops
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +145,7 @@ class Worker:
             EngineDeadError: another rank did not come.
         """
         self.group.connect(self._rendezvous, self.device, check)
-        self._graph_sizes = self._choose_graph_sizes()
+        self._graph_sizes = graph_sizes(self.config, self.device, self.dtype, self.group.world_size)
         num_blocks = self.group.minimum(self._num_blocks(), self.device)
         # Only now: a rank that gave up before would leave the others waiting for it.
         if self._shortage is not None:
@@ -263,18 +263,6 @@ class Worker:
             used=memory.weights + memory.other,
             activations=memory.activations + memory.graphs,
         )
-
-    def _choose_graph_sizes(self) -> tuple[int, ...]:
-        if self.config.enforce_eager:
-            return ()
-        if self.device.type == "cpu":  # whose sums over ranks can't be recorded, nor its attention in another dtype
-            alone = self.group.world_size == 1 and self.dtype == torch.float32
-            return cpu_sizes(self.config.max_num_seqs) if alone else ()
-        reason = choice.why_not_captured(self.device)
-        if reason is not None:
-            logger.warning("decoding without CUDA graphs: %s", reason)
-            return ()
-        return capture_sizes(self.config.max_num_seqs)
 
     def _capture(self, runner: ModelRunner) -> None:
         if not self._graph_sizes:

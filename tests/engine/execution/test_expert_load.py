@@ -30,9 +30,6 @@ class GraphWorker(Worker):
     def _capture(self, runner):
         runner.capture(Again(), (1, 4), max_blocks=self._max_blocks)
 
-    def _choose_graph_sizes(self):
-        return (1, 4)
-
 
 def make(folder, *, expert_load: bool = True, kind: type[Worker] = Worker) -> tuple[Worker, Executor, ModelConfig]:
     config = EngineConfig(

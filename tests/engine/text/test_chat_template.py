@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.chat import ChatTemplate
+from engine.chat.template import ChatTemplate
 from engine.errors import ConfigError, RequestError
 from engine.tokenizer import Tokenizer
 

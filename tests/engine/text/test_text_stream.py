@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from engine.messages import FinishReason, TokenDelta, TokenLogprobs
 from engine.sampling_params import SamplingParams
-from engine.text import TextStream
+from engine.text.stream import TextStream
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from(" \naaabé你🎉"), max_size=40)
 STOPS = st.lists(st.text(st.sampled_from("aab é你🎉\ufffd"), min_size=1, max_size=5), max_size=4)

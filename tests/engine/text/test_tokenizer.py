@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from engine.errors import ConfigError, RequestError, UnsupportedError
-from engine.pieces import make_control
+from engine.text.pieces import make_control
 from engine.tokenizer import Tokenizer
 
 BEGIN, END = "<|begin_of_sentence|>", "<|end_of_sentence|>"

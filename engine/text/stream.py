@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from engine.detokenizer import Detokenizer
 from engine.messages import FinishReason, TokenDelta
 from engine.outputs import PositionLogprobs
 from engine.sampling_params import SamplingParams
-from engine.stop_strings import StopStrings
+from engine.text.detokenizer import Detokenizer
+from engine.text.stop_strings import StopStrings
 from engine.tokenizer import Tokenizer
 
 

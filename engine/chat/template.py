@@ -3,21 +3,12 @@
 The repository's own Jinja template wins (`chat_template.jinja`, else `chat_template` of `tokenizer_config.json`), run
 in Jinja's sandbox with the functions Hugging Face gives it. Without one it is ERNIE-4.5's format, where the vocabulary
 has the tokens of that; other models can then not chat.
-
-**Special tokens in messages.** A template writes special tokens, and users must not. A user who writes
-``<|end_of_sentence|>`` should get those letters, not the end of their turn. Encoding the message apart from the
-template is not possible in general, since templates strip, split and join the strings they get. Instead
-:meth:`ChatTemplate.render_guarded` puts a guard, a character that occurs nowhere in the conversation, inside each
-special token's name in every string of the conversation (and behind a beginning of one at a string's end, so that
-strings which the template joins can't complete it). In the rendered text, names without the guard are then the
-template's own. The tokenizer splits at those, takes the guards out of the rest and encodes it as plain text.
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -29,8 +20,9 @@ import jinja2.parser
 from jinja2 import meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from engine.chat.guard import map_strings, protector, unused_character
+from engine.chat.tools import with_tools, without_calls
 from engine.errors import ConfigError, RequestError
-from engine.tool_prompt import with_tools, without_calls
 
 Message = Mapping[str, Any]
 """``{"role": …, "content": str | [{"type": "text", "text": …}, …]}`` and what else a template reads."""
@@ -58,8 +50,6 @@ ERNIE_TEMPLATE = r"""
 ERNIE_BEGIN = "<|begin_of_sentence|>"
 """The token that tells a vocabulary of ERNIE-4.5."""
 
-_GUARDS = range(0xF0000, 0xFFFFE)  # Supplementary Private Use Area-A: no text means anything by them
-
 
 class ChatTemplate:
     """A compiled chat template.
@@ -74,7 +64,7 @@ class ChatTemplate:
         special_tokens: as given.
         tool_source: that for conversations with tools.
         supports_tools: it reads the variable ``tools``. For one that doesn't, tools, calls and their results are
-            spelled out in ordinary messages (:mod:`engine.tool_prompt`).
+            spelled out in ordinary messages (:mod:`engine.chat.tools`).
 
     Raises:
         ConfigError: the template is not valid Jinja.
@@ -133,19 +123,20 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         **variables: Any,
     ) -> tuple[str, str]:
-        """The conversation with names of special tokens in it guarded, and the guard; see the module's text.
+        """The conversation with names of special tokens in it guarded, and the guard; see :mod:`engine.chat.guard`.
 
         Raises:
             RequestError: as :meth:`render`.
         """
         conversation = self._readable(messages, variables)
-        guard = _unused_character([conversation, variables])
-        protect = _protector(list(special_names), guard)
+        guard = unused_character([conversation, variables])
+        protect = protector(list(special_names), guard)
         # A role is the template's to compare, and some templates build a special token from it.
         guarded = [
-            {key: value if key == "role" else _map(value, protect) for key, value in m.items()} for m in conversation
+            {key: value if key == "role" else map_strings(value, protect) for key, value in m.items()}
+            for m in conversation
         ]
-        more = {key: _map(value, protect) for key, value in variables.items()}
+        more = {key: map_strings(value, protect) for key, value in variables.items()}
         return self._render(guarded, add_generation_prompt=add_generation_prompt, **more), guard
 
     def _readable(self, messages: Sequence[Message], variables: dict[str, Any]) -> list[dict[str, Any]]:
@@ -269,50 +260,3 @@ def _raise_exception(message: str) -> None:
 
 def _strftime_now(format_: str) -> str:
     return datetime.now().strftime(format_)
-
-
-def _map(value: Any, function: Callable[[str], str]) -> Any:
-    """``value`` with every string in it, keys too, passed through ``function``."""
-    if isinstance(value, str):
-        return function(value)
-    if isinstance(value, Mapping):
-        # A key that is an identifier is there for the template to look up.
-        return {
-            key if str(key).isidentifier() else _map(key, function): _map(item, function) for key, item in value.items()
-        }
-    if isinstance(value, (list, tuple)):
-        return [_map(item, function) for item in value]
-    return value
-
-
-def _unused_character(value: Any) -> str:
-    used: set[str] = set()
-
-    def collect(text: str) -> str:
-        if not text.isascii():
-            used.update(text)
-        return text
-
-    _map(value, collect)
-    for code in _GUARDS:
-        if chr(code) not in used:
-            return chr(code)
-    raise RequestError("the messages use every private-use character; take some out", field="messages")
-
-
-def _protector(special_names: list[str], guard: str) -> Callable[[str], str]:
-    names = sorted((name for name in special_names if len(name) > 1), key=len, reverse=True)
-    if not names:
-        return lambda text: text
-    whole = re.compile("|".join(map(re.escape, names)))
-    beginnings = {name[:length] for name in names for length in range(1, len(name))}
-    longest = len(names[0]) - 1
-
-    def protect(text: str) -> str:
-        while whole.search(text):  # again, for names inside names
-            text = whole.sub(lambda match: match[0][0] + guard + match[0][1:], text)
-        if any(text[-length:] in beginnings for length in range(1, min(longest, len(text)) + 1)):
-            text += guard
-        return text
-
-    return protect

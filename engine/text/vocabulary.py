@@ -17,7 +17,7 @@ import sentencepiece
 import tokenizers
 
 from engine.errors import ConfigError, UnsupportedError
-from engine.pieces import make_control
+from engine.text.pieces import make_control
 
 SPACE = "\u2581"  # how SentencePiece writes a space
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")

@@ -30,7 +30,7 @@ def without_calls(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
     """The conversation with calls and their results as text of the assistant and the user.
 
     Args:
-        messages: as :func:`engine.chat.normalize` makes them.
+        messages: as :func:`engine.chat.template.normalize` makes them.
     """
     result: list[dict[str, Any]] = []
     for message in messages:

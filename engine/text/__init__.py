@@ -1,0 +1,1 @@
+"""Between ids and text: what a vocabulary has, and the text of a choice as its tokens come."""
