@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -52,9 +54,10 @@ class ModelRunner:
         """
         block, block_size = self.cache.num_blocks - 1, self.cache.block_size
         buffers = DecodeBuffers(sizes[-1], max_blocks, block=block, block_size=block_size, device=self.device)
-        graphs = DecodeGraphs(
-            self._decode, buffers, sizes=sizes, max_blocks=max_blocks, block=block, block_size=block_size
-        )
+        # Not a method of the runner: that would be a cycle, and weights, cache and graphs would stay on the GPU after
+        # `Worker.close` until the garbage collector happens to run, which knows nothing of a GPU's memory.
+        forward = functools.partial(_decode, self.model, self.cache, self.dtype)
+        graphs = DecodeGraphs(forward, buffers, sizes=sizes, max_blocks=max_blocks, block=block, block_size=block_size)
         graphs.capture(how, only)
         self.graphs = graphs
 
@@ -81,24 +84,21 @@ class ModelRunner:
             logits_rows=self._to_device(step.logits_rows),
         )
 
-    def _decode(self, batch: DecodeBatch) -> Tensor | None:
-        """One token a request, and logits of each; no value on the device decides what is done."""
-        metadata = ops.decode_metadata(
-            batch.block_tables,
-            batch.query_start,
-            batch.context_lens,
-            block_size=self.cache.block_size,
-            dtype=self.dtype,
-        )
-        return self.model(
-            batch.token_ids,
-            batch.positions,
-            self.cache.layers,
-            slot_mapping=batch.slot_mapping,
-            metadata=metadata,
-            logits_rows=batch.query_start[:-1],
-        )
-
     def _to_device(self, array: npt.NDArray[np.generic]) -> Tensor:
         tensor = torch.from_numpy(array)
         return tensor if self.device.type == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)
+
+
+def _decode(model: DecoderModel, cache: KVCache, dtype: torch.dtype, batch: DecodeBatch) -> Tensor | None:
+    """One token a request, and logits of each; no value on the device decides what is done."""
+    metadata = ops.decode_metadata(
+        batch.block_tables, batch.query_start, batch.context_lens, block_size=cache.block_size, dtype=dtype
+    )
+    return model(
+        batch.token_ids,
+        batch.positions,
+        cache.layers,
+        slot_mapping=batch.slot_mapping,
+        metadata=metadata,
+        logits_rows=batch.query_start[:-1],
+    )
