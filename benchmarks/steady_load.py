@@ -109,11 +109,11 @@ class Load:
     _thread: threading.Thread | None = None
 
     def learn(self) -> None:
-        """Ask everything once, undisturbed; later answers must be these."""
+        """Ask everything once, all together but undisturbed; later answers must be these."""
 
         async def run() -> None:
             async with httpx.AsyncClient(base_url=self.url, timeout=120) as client:
-                self.expected = [await ask(client, question, stream=False) for question in self.asked]
+                self.expected = await asyncio.gather(*(ask(client, question, stream=False) for question in self.asked))
 
         asyncio.run(run())
 

@@ -1,4 +1,4 @@
-"""Engines and ingresses lost at random while clients stream, as ``benchmarks/chaos.py`` does it for longer."""
+"""Engines and ingresses lost at random while clients stream, as ``benchmarks/chaos`` does it for longer."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.chaos import split_failures
+from benchmarks.chaos.verdict import split_failures
 from benchmarks.steady_load import Failure
 
 ROOT = Path(__file__).resolve().parents[2]
-KILLS, INGRESS_KILLS, CLIENTS = 5, 2, 4
+KILLS, INGRESS_KILLS, CLIENTS = 5, 2, 3
 
 
 def test_no_client_notices_deaths_but_that_of_its_own_ingress(tmp_path: Path) -> None:
