@@ -1,215 +1,20 @@
-"""The sampler against simple references, one row and one token at a time."""
+"""The sampler as a whole: rows are alone, the odd cases, log probabilities, failures."""
+
+from __future__ import annotations
 
 import math
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from sampling_rows import EOS, USED, VOCAB, draw, logits, row
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.errors import EngineDeadError
-from engine.execution.filters import HEAD, Filter, candidates, sorted_candidates
-from engine.execution.penalties import adjust
 from engine.execution.sampler import Sampler, SamplingRow
 from engine.sampling_params import SamplingParams
-
-VOCAB, USED, EOS = 40, 33, 2
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def row(position=0, prompt=(), output=(), **options):
-    options.setdefault("seed", 0)
-    return SamplingRow(SamplingParams(**options), list(prompt), list(output), position)
-
-
-def logits(rows, vocab=VOCAB, seed=0, scale=3.0):
-    return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * scale
-
-
-# --- what may be drawn -------------------------------------------------------------------------------------------
-
-
-def reference_kept(scores, *, top_k, top_p, min_p):
-    """Kept tokens of one row, by the definitions, with plain Python."""
-    kept = {i for i, score in enumerate(scores) if score > -math.inf}
-    if top_k > 0:
-        kth = sorted(scores, reverse=True)[:top_k][-1]
-        kept = {i for i in kept if scores[i] >= kth}
-    if top_p < 1:
-        total = math.fsum(math.exp(scores[i]) for i in kept)
-        mass, last = 0.0, None
-        for score in sorted((scores[i] for i in kept), reverse=True):
-            if last is not None and mass >= top_p:
-                break
-            mass += math.exp(score) / total
-            last = score
-        kept = {i for i in kept if scores[i] >= last}
-    best = max(scores)
-    return {i for i in kept if not min_p or scores[i] - best >= math.log(min_p)}
-
-
-def kept_sets(scores, filters):
-    found = {}
-    for part in candidates(scores, filters):
-        ids = part.token_ids.expand(part.scores.shape)
-        for j, i in enumerate(part.rows.tolist()):
-            assert i not in found
-            if part.settled is None or part.settled[j]:
-                found[i] = set(ids[j][part.scores[j] > -math.inf].tolist())
-            else:
-                whole = sorted_candidates(scores[i : i + 1], [filters[i]])
-                found[i] = set(whole.token_ids[whole.scores[0] > -math.inf].tolist())
-    return found
-
-
-@settings(deadline=None, max_examples=100)
-@example(vocab=HEAD + 1, scale=0.01, steps=None, seed=0, options=[(HEAD + 1, 0.3, 0.0)])  # top_k beyond the head
-@example(vocab=900, scale=0.0, steps=None, seed=0, options=[(50, 0.3, 0.0)])  # equals of the k-th beyond the head
-@example(vocab=900, scale=0.1, steps=None, seed=0, options=[(HEAD + 1, 0.1, 0.7), (HEAD, 0.9, 0.7), (300, 1.0, 0.9)])
-@given(
-    vocab=st.sampled_from([1, 7, HEAD - 1, HEAD, HEAD + 1, 900]),
-    scale=st.sampled_from([0.0, 0.01, 1.0, 6.0]),
-    steps=st.sampled_from([None, 4]),
-    seed=st.integers(0, 2**31),
-    options=st.lists(
-        st.tuples(
-            st.sampled_from([0, 1, 2, 50, HEAD - 1, HEAD, HEAD + 1, 10_000]),
-            st.sampled_from([1.0, 1e-6, 0.3, 0.9, 0.999]),
-            st.sampled_from([0.0, 1e-3, 0.2, 1.0]),
-        ),
-        min_size=1,
-        max_size=5,
-    ),
-)
-def test_kept_sets_are_exact(vocab, scale, steps, seed, options):
-    scores = logits(len(options), vocab, seed, scale)
-    if steps:  # many equal scores
-        scores = (scores * steps).round() / steps
-    scores = scores - scores.max(dim=-1, keepdim=True).values
-    filters = [Filter(*option) for option in options]
-    found = kept_sets(scores, filters)
-    assert set(found) == set(range(len(options)))
-    for i, kept in enumerate(filters):
-        values = scores[i].tolist()
-        expected = reference_kept(values, top_k=kept.top_k, top_p=kept.top_p, min_p=kept.min_p)
-        difference = found[i] ^ expected
-        # Where a sum of probabilities hits top_p to the last bits, one score more or less is right.
-        assert not difference or (kept.top_p < 1 and borderline(values, kept, difference))
-
-
-def borderline(scores, kept, difference):
-    lower = reference_kept(scores, top_k=kept.top_k, top_p=max(kept.top_p - 2e-6, 1e-9), min_p=kept.min_p)
-    upper = reference_kept(scores, top_k=kept.top_k, top_p=min(kept.top_p + 2e-6, 0.9999999), min_p=kept.min_p)
-    return difference <= upper - lower
-
-
-def test_top_p_keeps_the_token_that_reaches_it_and_no_more():
-    scores = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
-    scores = scores - scores[:, :1]
-    for top_p, count in ((0.4, 1), (0.499, 1), (0.501, 2), (0.79, 2), (0.81, 3), (0.96, 4)):
-        assert kept_sets(scores, [Filter(0, top_p, 0.0)]) == {0: set(range(count))}
-
-
-def test_top_p_counts_what_top_k_left():
-    scores = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
-    scores = scores - scores[:, :1]
-    # Of the first two, the first has 4/7 = 0.571.
-    assert kept_sets(scores, [Filter(2, 0.57, 0.0), Filter(2, 0.58, 0.0)][:1]) == {0: {0}}
-    assert kept_sets(scores, [Filter(2, 0.58, 0.0)]) == {0: {0, 1}}
-
-
-# --- frequencies ---------------------------------------------------------------------------------------------------
-
-
-def draw(values, count, **options):
-    """Tokens drawn at ``count`` positions from one row of logits."""
-    sampler = Sampler(values.shape[-1], values.shape[-1], [])
-    params = SamplingParams(**{"seed": 0, **options})
-    rows = [SamplingRow(params, [], [], position) for position in range(count)]
-    return np.array([sampled.token_id for sampled in sampler(values.expand(count, -1), rows)])
-
-
-def chi_square(tokens, probabilities):
-    """Pearson's statistic over tokens expected at least five times, and its degrees of freedom."""
-    expected = np.asarray(probabilities) * len(tokens)
-    observed = np.bincount(tokens, minlength=len(expected))
-    assert observed[expected == 0].sum() == 0
-    big = expected >= 5
-    statistic = ((observed[big] - expected[big]) ** 2 / expected[big]).sum()
-    rest = expected[~big].sum()
-    if rest > 1:
-        statistic += (observed[~big].sum() - rest) ** 2 / rest
-    return statistic, big.sum()
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"temperature": 0.5},
-        {"temperature": 2.0},
-        {"top_k": 10},
-        {"top_p": 0.8},
-        {"min_p": 0.05},
-        {"temperature": 1.5, "top_k": 20, "top_p": 0.9, "min_p": 0.01},
-    ],
-)
-@pytest.mark.parametrize("seed", [0, 123456789])
-def test_frequencies_are_those_of_the_softmax(options, seed):
-    values = logits(1, 64, seed=5, scale=1.5)
-    tokens = draw(values, 10_000, seed=seed, **options)
-    scores = ((values[0] - values.max()) / options.get("temperature", 1.0)).double()
-    kept = reference_kept(
-        scores.tolist(), top_k=options.get("top_k", 0), top_p=options.get("top_p", 1.0), min_p=options.get("min_p", 0.0)
-    )
-    mask = torch.tensor([i in kept for i in range(64)])
-    statistic, freedom = chi_square(tokens, scores.masked_fill(~mask, -math.inf).softmax(-1).numpy())
-    assert statistic < freedom + 4 * math.sqrt(2 * freedom) + 4  # beyond the 99.99 % point
-
-
-def test_rare_tokens_are_drawn_as_often_as_they_should():
-    # 4,000 tokens of probability 2.5e-5 together make 10 %.
-    values = torch.cat([torch.tensor([math.log(0.9)]), torch.full((4000,), math.log(0.1 / 4000))]).unsqueeze(0)
-    tokens = np.concatenate([draw(values, 2000, seed=seed) for seed in range(5)])
-    rare = (tokens > 0).sum()
-    assert abs(rare - 1000) < 5 * math.sqrt(10_000 * 0.1 * 0.9)
-    assert len(np.unique(tokens[tokens > 0])) > 800  # spread over the tokens
-
-
-def test_positions_are_independent():
-    values = torch.zeros(1, 8)
-    tokens = draw(values, 20_000, seed=3)
-    for lag in (1, 2, 5):
-        pairs = tokens[lag:] * 8 + tokens[:-lag]
-        statistic, freedom = chi_square(pairs, np.full(64, 1 / 64))
-        assert statistic < freedom + 5 * math.sqrt(2 * freedom)
-
-
-def test_seeds_are_independent():
-    sampler = Sampler(8, 8, [])
-    count = 6_000
-    values = torch.zeros(count, 8)
-    drawn = {
-        step: np.array([s.token_id for s in sampler(values, [row(9, seed=i * step) for i in range(count)])])
-        for step in (1, -1, 2**32)
-    }
-    for tokens in drawn.values():
-        statistic, freedom = chi_square(tokens, np.full(8, 1 / 8))
-        assert statistic < freedom + 5 * math.sqrt(2 * freedom)
-        statistic, freedom = chi_square(tokens[1:] * 8 + tokens[:-1], np.full(64, 1 / 64))
-        assert statistic < freedom + 5 * math.sqrt(2 * freedom)
-
-
-# --- a row is alone ------------------------------------------------------------------------------------------------
 
 OPTIONS = st.fixed_dictionaries(
     {
@@ -267,9 +72,6 @@ def test_the_input_is_not_changed():
     assert torch.equal(values, before)
 
 
-# --- greedy, bias, penalties, min_tokens ---------------------------------------------------------------------------
-
-
 def test_greedy_takes_the_lowest_id_among_equals():
     values = torch.zeros(2, VOCAB)
     values[1, [7, 9, 20]] = 4.0
@@ -310,80 +112,6 @@ def test_padding_ids_are_never_sampled_nor_reported(options):
     bias = {USED: 100.0, VOCAB - 1: 100.0, VOCAB + 5: 100.0, -1: 100.0}
     sampled = Sampler(VOCAB, USED, [])(values, [row(i, logit_bias=bias, logprobs=20, **options) for i in range(200)])
     assert all(s.token_id < USED and max(s.logprobs.top) < USED for s in sampled)
-
-
-def reference_adjusted(values, one, eos):
-    result = values.tolist()
-    params = one.params
-    for token, bias in params.logit_bias.items():
-        if 0 <= token < len(result):
-            result[token] += bias
-    for token in set(one.prompt_token_ids) | set(one.output_token_ids):
-        if token < len(result):
-            penalty = params.repetition_penalty
-            result[token] = result[token] / penalty if result[token] > 0 else result[token] * penalty
-    for token in set(one.output_token_ids):
-        if token < len(result):
-            count = list(one.output_token_ids).count(token)
-            result[token] -= params.frequency_penalty * count + params.presence_penalty
-    if len(one.output_token_ids) < params.min_tokens:
-        for token in [*params.stop_token_ids, *([] if params.ignore_eos else eos)]:
-            if token < len(result):
-                result[token] = -math.inf
-    return result
-
-
-TOKENS = st.lists(st.integers(0, USED + 3), max_size=12)
-
-
-@settings(deadline=None, max_examples=50)
-@given(
-    rows=st.lists(
-        st.builds(
-            lambda prompt, output, options: row(prompt=prompt, output=output, **options),
-            TOKENS,
-            TOKENS,
-            st.fixed_dictionaries(
-                {
-                    "repetition_penalty": st.sampled_from([1.0, 0.5, 1.7]),
-                    "presence_penalty": st.sampled_from([0.0, -1.5, 2.0]),
-                    "frequency_penalty": st.sampled_from([0.0, -0.3, 0.7]),
-                    "logit_bias": st.dictionaries(st.integers(0, USED + 3), st.floats(-100, 100), max_size=4),
-                    "min_tokens": st.integers(0, 6),
-                    "stop_token_ids": st.lists(st.integers(0, USED + 3), max_size=3),
-                    "ignore_eos": st.booleans(),
-                }
-            ),
-        ),
-        min_size=1,
-        max_size=4,
-    )
-)
-def test_bias_penalties_and_masks_are_those_of_the_definitions(rows):
-    values = logits(len(rows), USED)
-    expected = [reference_adjusted(values[i], one, [EOS]) for i, one in enumerate(rows)]
-    torch.testing.assert_close(adjust(values, rows, [EOS]), torch.tensor(expected), rtol=1e-5, atol=1e-4)
-
-
-def test_repetition_penalty_is_that_of_transformers():
-    transformers = pytest.importorskip("transformers")
-    values = logits(1, USED)
-    prompt, output = [1, 5, 5, 9], [9, 20, 20]
-    expected = transformers.RepetitionPenaltyLogitsProcessor(1.4)(torch.tensor([prompt + output]), values.clone())
-    found = adjust(values, [row(prompt=prompt, output=output, repetition_penalty=1.4)], [])
-    torch.testing.assert_close(found, expected)
-
-
-def test_min_tokens_holds_off_every_stop_and_no_longer_than_it_should():
-    values = torch.zeros(1, VOCAB)
-    values[0, EOS], values[0, 9] = 50.0, 40.0
-    sampler = Sampler(VOCAB, USED, [EOS])
-    options = {"temperature": 0, "min_tokens": 2, "stop_token_ids": [9]}
-    assert sampler(values, [row(output=[], **options)])[0].token_id == 0
-    assert sampler(values, [row(output=[5], **options)])[0].token_id == 0
-    assert sampler(values, [row(output=[5, 6], **options)])[0].token_id == EOS
-    # An EOS that is ignored stops nothing, so nothing is to be held off.
-    assert sampler(values, [row(output=[], ignore_eos=True, **options)])[0].token_id == EOS
 
 
 class Transfers(TorchDispatchMode):
@@ -431,9 +159,6 @@ def test_a_grammars_mask_leaves_what_it_allows():
         ]
 
 
-# --- log probabilities ---------------------------------------------------------------------------------------------
-
-
 def test_logprobs_are_the_models_own_whatever_sampling_does():
     values = logits(3)
     expected = values[:, :USED].log_softmax(-1)
@@ -463,9 +188,6 @@ def test_each_row_gets_as_many_logprobs_as_it_asks_for():
     assert [len(s.logprobs.top) for s in sampled] == counts
     few = Sampler(5, 3, [])(logits(1, 5), [row(logprobs=20)])
     assert len(few[0].logprobs.top) == 3
-
-
-# --- failures ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
