@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 from hashlib import blake2b
 
@@ -137,3 +138,28 @@ def run(core: EngineCore, requests: list[EngineRequest]) -> Collector:
         core.check()
     assert core.load().free_blocks == core.load().total_blocks
     return collector
+
+
+def mixed_requests(count: int, seed: int = 0) -> list[EngineRequest]:
+    """Requests with shared prefixes, greedy and sampled, with and without EOS."""
+    draw = random.Random(seed)
+    stems = [[draw.randrange(3, USED_VOCAB_SIZE) for _ in range(24)] for _ in range(2)]
+    return [
+        make_request(
+            f"r{i}",
+            draw.choice(stems)[: draw.randrange(1, 24)]
+            + [draw.randrange(VOCAB_SIZE) for _ in range(draw.randrange(4))],
+            draw.randrange(1, 24),
+            temperature=draw.choice([0.0, 0.0, 1.5]),
+            seed=draw.randrange(100),
+            ignore_eos=draw.random() < 0.7,
+            min_tokens=draw.choice([0, 0, 5]),
+        )
+        for i in range(count)
+    ]
+
+
+def alone(request: EngineRequest) -> list[int]:
+    """The tokens a request gets with an engine of its own, a large cache and no prefix caching."""
+    core = make_core(ToyExecutor(num_kv_blocks=64, block_size=4), enable_prefix_caching=False)
+    return run(core, [request]).token_ids[request.request_id]
