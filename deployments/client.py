@@ -19,7 +19,7 @@ from ray.serve.handle import DeploymentHandle
 from deployments.cold_start import NEXT_POOL_AFTER_S, ColdStart
 from deployments.config import FailoverConfig
 from deployments.connection import EngineConnection
-from deployments.continuation import Continuation, Suspicion
+from deployments.continuation import Continuation, PromptHashes, Suspicion
 from deployments.directory import EngineAddress, ModelInfo, PoolInfo
 from deployments.engines import Engines, EngineState
 from deployments.mailbox import Inbox
@@ -70,6 +70,7 @@ class EngineClient:
         self._observer = observer or Observer()
         self._router = Router(options.routing, seed=random.getrandbits(32))
         self._room = WaitingRoom(options.failover)
+        self._prompts = PromptHashes()
         self._engines = engines(
             pools,
             options.pools,
@@ -112,7 +113,7 @@ class EngineClient:
             OverloadedError: there is too much to do; it was not begun.
             EngineDeadError: it lost too many engines, or none came up in time.
         """
-        run = Continuation(request)
+        run = Continuation(request, self._prompts)
         connection: EngineConnection | None = None
         suspicion = Suspicion(self._options.failover)
         reason = "error"
@@ -125,7 +126,7 @@ class EngineClient:
                 try:
                     while under_way:
                         delta = await inbox.get()
-                        if run.first_token_at is None and delta.token_ids:
+                        if delta.token_ids and len(run.received) == given:
                             self._first_token(run, choice, connection, delta)
                         delta = run.accept(delta)
                         if delta.finish_reason is not None:
@@ -234,8 +235,9 @@ class EngineClient:
 
     def _first_token(self, run: Continuation, choice: Choice, connection: EngineConnection, delta: TokenDelta) -> None:
         now = time.monotonic()
-        if run.attempts == 1:
-            self._router.first_token(choice, now=now)
+        self._router.first_token(choice, now=now)
+        if run.first_token_at is not None:
+            return  # it came from an engine that was lost
         self._observer.first_token(
             connection.address,
             ttft_s=now - run.started,

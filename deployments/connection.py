@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import time
+import uuid
 from collections.abc import Callable
 from typing import Any
 
@@ -66,7 +67,7 @@ class EngineConnection:
         Args:
             address: where the engine is.
             leases: handle of ``EngineReplica.lease``.
-            ingress_id: name of this ingress process, the same on all its connections.
+            ingress_id: name of this ingress process.
             on_item: called with all that is heard, before the requests get their tokens.
             suspect: the engine made no progress when it was last seen. It has to show some to be used: the first item
                 of a stream says nothing about that, the second does.
@@ -80,7 +81,8 @@ class EngineConnection:
         self.came_up = False
         """For the owner to note that it has been ready."""
         self._lease_handle = leases
-        self._ingress_id = ingress_id
+        # A name for each connection: a call of the one before that comes late must not find the stream of this one.
+        self._ingress_id = f"{ingress_id}-{uuid.uuid4().hex[:8]}"
         self._shard: ActorHandle[Any] | None = None
         self._load: EngineLoad | None = None
         self._heard_at = time.monotonic()
@@ -219,6 +221,11 @@ class EngineConnection:
         aborted, self._to_abort = self._to_abort, []
         if self._shard is None or self._failure is not None:
             return
+        # What has ended before it was sent stays here: Ray may run two calls of an actor in any order, and if the abort
+        # came first, the engine would work on the request for nobody.
+        unsent = {request.request_id for request in submitted}.intersection(aborted)
+        submitted = [request for request in submitted if request.request_id not in unsent]
+        aborted = [request_id for request_id in aborted if request_id not in unsent]
         if submitted:
             self._submitting = True
             self._call(self._shard.submit.remote(self._ingress_id, submitted)).add_done_callback(self._submitted)
@@ -226,9 +233,9 @@ class EngineConnection:
             self._call(self._shard.abort.remote(aborted))
         self._plan_lease()
         loop = asyncio.get_running_loop()
-        for request_id in {request.request_id for request in submitted}.difference(aborted):
-            timer = loop.call_later(REQUEST_LEASE_AFTER_S, self._open_request_lease, request_id)
-            self._request_leases[request_id] = timer
+        for request in submitted:
+            timer = loop.call_later(REQUEST_LEASE_AFTER_S, self._open_request_lease, request.request_id)
+            self._request_leases[request.request_id] = timer
 
     def _plan_lease(self) -> None:
         if self._lease is None and self._failure is None and len(self._requests):
@@ -236,7 +243,7 @@ class EngineConnection:
 
     def _open_lease(self) -> None:
         self._lease = None
-        if len(self._requests):
+        if self._failure is None and len(self._requests):
             self._lease = self._hold(self._ingress_id)
             self._lease.add_done_callback(self._lease_ended)
 
@@ -247,7 +254,8 @@ class EngineConnection:
 
     def _open_request_lease(self, request_id: str) -> None:
         del self._request_leases[request_id]
-        self._hold(request_id)
+        if self._failure is None:
+            self._hold(request_id)
 
     def _hold(self, name: str) -> asyncio.Task[None]:
         lease = open_lease(self._lease_handle, name, replica_id=self.address.replica_id)

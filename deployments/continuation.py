@@ -13,6 +13,26 @@ from engine.messages import EngineRequest, TokenDelta
 from engine.scheduling.prefix import extend_hashes
 
 
+class PromptHashes:
+    """Hashes of the blocks of the prompt last asked for.
+
+    Of one alone: the choices of an HTTP request come one after the other and have the same prompt. While a long one is
+    hashed for each of them, no stream of others would go on.
+    """
+
+    def __init__(self) -> None:
+        self._prompt: list[int] | None = None
+        self._hashes: dict[int, list[bytes]] = {}  # by block size
+
+    def of(self, prompt: list[int], block_size: int) -> list[bytes]:
+        """One for each full block; the list is shared, and not to be changed."""
+        if prompt is not self._prompt:
+            self._prompt, self._hashes = prompt, {}
+        if block_size not in self._hashes:
+            extend_hashes(self._hashes.setdefault(block_size, []), prompt, block_size)
+        return self._hashes[block_size]
+
+
 @dataclass(slots=True)
 class Continuation:
     """One request, and its tokens so far.
@@ -22,6 +42,8 @@ class Continuation:
     """
 
     request: EngineRequest
+    prompts: PromptHashes = field(default_factory=PromptHashes)
+    """Shared by the requests of a client."""
     started: float = field(default_factory=time.monotonic)
     received: list[int] = field(default_factory=list)
     """All output tokens known, those that came with the request included."""
@@ -42,7 +64,11 @@ class Continuation:
         prompt = self.request.prompt_token_ids
         whole = [*prompt, *self.received] if self.received else prompt
         for size in block_sizes:
-            extend_hashes(self._hashes.setdefault(size, []), whole, size)
+            if size not in self._hashes:
+                self._hashes[size] = self.prompts.of(prompt, size)
+            if self.received:
+                self._hashes[size] = list(self._hashes[size])
+                extend_hashes(self._hashes[size], whole, size)
         return Job(
             prompt_tokens=len(whole),
             max_tokens=max(self.request.max_tokens - len(self.received), 1),

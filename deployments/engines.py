@@ -183,6 +183,8 @@ class Engines:
             self._connections[engine.replica_id] = connection
             try:
                 await connection.run()
+            except Exception:  # Ray's head may be away, say: Serve lists the engine, so it is tried again
+                logger.exception("The connection to engine %s failed.", engine.replica_id)
             finally:
                 self._routed.pop(engine.replica_id, None)
                 self._router.remove(engine.replica_id)
@@ -212,10 +214,8 @@ class Engines:
         if not any(connection.ready for connection in self._connections.values()):
             self._room.engines_gone()
 
-    def _forget(self, replica_id: str, task: asyncio.Task[None]) -> None:
+    def _forget(self, replica_id: str, _: asyncio.Task[None]) -> None:
         del self._tasks[replica_id]
-        if not task.cancelled() and (error := task.exception()) is not None:
-            logger.error("The connection to engine %s failed.", replica_id, exc_info=error)
 
 
 async def _subscribe(handle: DeploymentHandle[Any], directory: ReplicaDirectory) -> None:

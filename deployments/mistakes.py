@@ -22,10 +22,20 @@ def mistakes(error: ValidationError, section: type[BaseModel]) -> str:
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
             message = "no such option" + _suggestion(item["loc"], section)
-        elif item["type"] not in ("value_error", "missing"):
+        elif item["type"] not in ("value_error", "missing") and not _is_hidden(item["loc"], section):
             message += f" (found {item['input']!r:.80})"
         problems.append(f"{path}: {message}" if path else message)
     return "; ".join(problems)
+
+
+def _is_hidden(path: Sequence[int | str], section: type[BaseModel]) -> bool:
+    """Whether a value belongs to a section that shows none in errors of its own either, as it may be a secret."""
+    entered = [section]
+    for part in path:
+        field = entered[-1].model_fields.get(part) if isinstance(part, str) else None
+        if field is not None:
+            entered += list(_sections(field.annotation))[:1]
+    return any(inner.model_config.get("hide_input_in_errors", False) for inner in entered)
 
 
 def _suggestion(path: Sequence[int | str], section: type[BaseModel]) -> str:

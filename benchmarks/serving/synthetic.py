@@ -189,7 +189,7 @@ class SyntheticReplica(EngineReplica):
         self._counter = Counter("ours")
         await super().__init__(*args, **options)
 
-    async def lease(self, request_id: str, *, ingress_id: str, replica_id: str) -> bool:
+    async def lease(self, name: str, *, replica_id: str) -> bool:
         """See :class:`EngineReplica`."""
         self._counter.call()
-        return await super().lease(request_id, ingress_id=ingress_id, replica_id=replica_id)
+        return await super().lease(name, replica_id=replica_id)

@@ -12,6 +12,8 @@ class _Section(BaseModel):
 class TracingConfig(_Section):
     """Where OpenTelemetry spans go; needs the extra ``tracing`` (``pip install 'dibit[tracing]'``)."""
 
+    model_config = ConfigDict(hide_input_in_errors=True)  # of headers
+
     endpoint: str | None = Field(default=None, pattern=r"^https?://[^\s]+$")
     """The whole URL of an OTLP/HTTP collector, such as ``http://otel-collector:4318/v1/traces``; None is off."""
     service_name: str = Field(default="dibit", min_length=1)

@@ -19,6 +19,10 @@ Layers = dict[int, list[int]]
 Ask = Callable[[EngineAddress], Awaitable[Layers | None]]
 
 TIMEOUT_S = 5.0
+
+REMEMBERED = 16
+"""Replicas that are away whose last counts are kept: one that was only lost for a while must not count twice."""
+
 AT_ONCE = 8
 """Engines asked in one round. With more, each gets its turn every few rounds."""
 
@@ -35,7 +39,7 @@ class ExpertLoads:
     def __init__(self, ask: Ask | None = None) -> None:
         self._ask = ask or _ask_shard
         self._pools: dict[str, Layers] = {}
-        self._last: dict[str, Layers] = {}  # by replica id
+        self._last: dict[str, Layers] = {}  # by replica id, the one asked last at the end
         self._silent: set[str] = set()
         self._queue: list[str] = []
 
@@ -48,7 +52,8 @@ class ExpertLoads:
         """Ask the engines whose turn it is; what doesn't answer is left for the next round."""
         known = {engine.replica_id: engine for engine in engines}
         self._silent &= known.keys()
-        self._last = {replica_id: layers for replica_id, layers in self._last.items() if replica_id in known}
+        for replica_id in [replica_id for replica_id in self._last if replica_id not in known][:-REMEMBERED]:
+            del self._last[replica_id]
         self._queue = [replica_id for replica_id in self._queue if replica_id in known]
         self._queue += [replica_id for replica_id in known if replica_id not in self._queue]
         turn = [replica_id for replica_id in self._queue if replica_id not in self._silent][:AT_ONCE]
@@ -66,7 +71,7 @@ class ExpertLoads:
             self._silent.add(engine.replica_id)
             return
         pool = self._pools.setdefault(engine.pool, {})
-        before = self._last.get(engine.replica_id, {})
+        before = self._last.pop(engine.replica_id, {})
         for layer, tokens in layers.items():
             sums = pool.setdefault(layer, [0] * len(tokens))
             earlier = before.get(layer, [0] * len(tokens))

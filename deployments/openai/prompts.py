@@ -29,6 +29,9 @@ MAX_CHOICES_PER_REQUEST = 1024
 _LONG_TEXT = 4096
 """Characters above which tokenizing (about 1 us each) would hold up the streams of others, so a thread does it."""
 
+_PIECE = 16
+"""What the template adds to a piece of text takes as long as so many characters."""
+
 
 def new_id(prefix: str) -> str:
     """An id no other answer has, of any ingress."""
@@ -89,8 +92,9 @@ class Prompts:
             variables["tools"] = [tool.for_template() for tool in tools]
         if request.add_generation_prompt is not None:
             variables["add_generation_prompt"] = request.add_generation_prompt
-        length = sum(len(message["content"] or "") for message in messages if not isinstance(message["content"], list))
-        length += sum(len(part["text"]) for m in messages if isinstance(m["content"], list) for part in m["content"])
+        contents = [message["content"] or "" for message in messages]
+        pieces = [piece for content in contents for piece in ([content] if isinstance(content, str) else content)]
+        length = sum(_PIECE + len(piece if isinstance(piece, str) else piece["text"]) for piece in pieces)
         return await _in_thread_if_long(length, self.tokenizer.encode_chat, messages, **variables)
 
     def choices(

@@ -99,6 +99,22 @@ def test_mistakes_are_named(model: Path, change: dict[str, Any], named: str) -> 
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"access": ["sk-secret"]},
+        {"access": {"keys_env": ["sk-secret"]}},
+        {"access": {"keys_file": {"path": "sk-secret"}}},
+        {"observability": {"tracing": {"headers": "authorization=sk-secret"}}},
+        {"observability": {"tracing": {"headers": {"authorization": ["sk-secret"]}}}},
+    ],
+)
+def test_mistakes_quote_nothing_that_may_be_a_secret(model: Path, change: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError) as raised:
+        AppConfig.parse({"model": str(model), **change})
+    assert "secret" not in str(raised.value)
+
+
 def test_a_missing_model_says_where_it_was_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError) as raised:

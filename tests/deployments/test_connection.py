@@ -92,11 +92,23 @@ class Method:
         return self._call(*args)
 
 
+class Leases:
+    """Serve's handle for leases; these last."""
+
+    def __init__(self) -> None:
+        self.opened: list[str] = []
+
+    def remote(self, name: str, *, replica_id: str) -> asyncio.Future[None]:
+        self.opened.append(name)
+        return asyncio.get_running_loop().create_future()
+
+
 class Wire:
     """Ray, as far as a connection uses it, with one real shard at the other end. Calls arrive when the test says so."""
 
     def __init__(self) -> None:
         self.engine = Running()
+        self.leases = Leases()
         self.shard = Shard(EngineConfig(model=""), rank=0)
         self.fanout = Fanout(asyncio.get_running_loop(), LOAD)
         self.shard._engine, self.shard._fanout = self.engine, self.fanout  # type: ignore[assignment]  # a stand-in
@@ -138,7 +150,7 @@ async def settle() -> None:
 async def connected(wire: Wire) -> AsyncIterator[EngineConnection]:
     """A connection that has heard its engine, and that is left in the end."""
     heard = asyncio.Event()
-    leases: Any = None  # nothing here lasts long enough for one
+    leases: Any = wire.leases
     connection = EngineConnection(ADDRESS, leases, ingress_id="i", on_item=lambda *_: heard.set())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "ray", wire)
@@ -198,6 +210,25 @@ def test_a_call_of_a_connection_that_was_left_begins_nothing_on_the_next() -> No
             await wire.deliver(0)
             assert wire.engine.ids == {"r2"}
         assert wire.engine.ids == set()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("ends", [False, True], ids=["under way", "lost"])
+def test_no_lease_is_opened_for_a_lost_engine(monkeypatch: pytest.MonkeyPatch, ends: bool) -> None:
+    """It would go to another replica, or make Serve start one. The request is not over: its client reads slowly."""
+    for pause in ("LEASE_AFTER_S", "REQUEST_LEASE_AFTER_S"):
+        monkeypatch.setattr(module, pause, 0.01)
+
+    async def run() -> None:
+        wire = Wire()
+        async with connected(wire) as connection:
+            connection.submit(request(1))
+            await settle()
+            if not ends:
+                await asyncio.sleep(0.05)
+        await asyncio.sleep(0.05)
+        assert len(wire.leases.opened) == (0 if ends else 2), wire.leases.opened
 
     asyncio.run(run())
 

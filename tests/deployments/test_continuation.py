@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from deployments.client import ClientOptions, EngineClient
 from deployments.config import FailoverConfig
 from deployments.connection import EngineConnection
-from deployments.continuation import Continuation
+from deployments.continuation import Continuation, PromptHashes
 from deployments.directory import EngineAddress, ModelInfo, PoolInfo
 from deployments.mailbox import Inbox
 from deployments.observer import Observer
@@ -196,6 +196,43 @@ def test_the_job_of_a_continued_request_has_its_tokens() -> None:
     assert (second.prompt_tokens, second.max_tokens, second.priority) == (49, 3, -1)
     assert list(second.block_hashes[16])[:2] == hashes
     assert len(second.block_hashes[16]) == 3
+
+
+def test_the_choices_of_a_prompt_share_its_hashes_until_they_have_tokens() -> None:
+    """While a long prompt was hashed for each of 128 choices, no other stream would go on."""
+    prompts = PromptHashes()
+    request = replace(REQUEST, prompt_token_ids=list(range(32)))
+    first, second = Continuation(request, prompts), Continuation(replace(request, request_id="s"), prompts)
+    shared = first.job([16], admitted=False).block_hashes[16]
+    assert second.job([16], admitted=False).block_hashes[16] is shared
+    first.next_attempt()
+    first.accept(TokenDelta("r", list(range(16))))
+    assert first.job([16], admitted=True).block_hashes[16][:2] == shared
+    assert len(first.job([16], admitted=True).block_hashes[16]) == 3
+    assert len(shared) == 2
+    other = Continuation(replace(request, prompt_token_ids=list(range(1, 33))), prompts)
+    assert other.job([16], admitted=False).block_hashes[16] != shared
+
+
+class Moving(Client):
+    """As :class:`Client`, with a router that knows of every engine."""
+
+    async def _place(self, run: Continuation, lost: EngineConnection | None) -> tuple[Choice, EngineConnection]:
+        return self._router.choose(run.job([], admitted=True), now=0.0), self.engines_left.pop(0)
+
+
+def test_the_router_hears_of_the_first_token_from_every_engine() -> None:
+    """Until then it takes the whole prompt to be waiting there, and predicts accordingly for everybody else."""
+
+    async def run() -> None:
+        client = Moving([MortalEngine(3), MortalEngine(100)])
+        client._router.add(ADDRESS.spec)
+        async for delta in client.generate(REQUEST):
+            assert delta.token_ids
+            assert not client._router._places["e"].waiting
+        assert client._router.reserved == 0
+
+    asyncio.run(run())
 
 
 class Nobody(EngineClient):

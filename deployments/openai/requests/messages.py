@@ -8,6 +8,9 @@ from pydantic import BaseModel, BeforeValidator, StrictStr, model_validator
 
 from deployments.openai.fields import at_most
 
+MAX_MESSAGES = 8192
+"""Of a conversation. While they are read, no stream of others goes on."""
+
 MAX_CONTENT_PARTS = 1024
 """Pieces of text in one message."""
 

@@ -14,7 +14,7 @@ from starlette.testclient import TestClient
 
 from deployments.directory import EngineAddress
 from deployments.observability.config import ObservabilityConfig
-from deployments.observability.experts import AT_ONCE, ExpertLoads
+from deployments.observability.experts import AT_ONCE, REMEMBERED, ExpertLoads
 from deployments.observability.metrics import Metrics
 from deployments.observability.routes import observability_routes
 from deployments.observability.seeing import Seeing, count_engines
@@ -170,6 +170,20 @@ def test_experts_are_summed_over_a_pool_and_keep_what_lost_engines_did() -> None
     asyncio.run(loads.poll(both))
     asyncio.run(loads.poll([address("b")]))
     assert loads.pools["h20"] == {1: [7, 4]}
+
+
+def test_an_engine_that_was_lost_for_a_while_is_not_counted_twice() -> None:
+    engines = Counting()
+    loads = ExpertLoads(engines)
+    engines.tokens = {"a": {1: [5, 1]}, **{f"r{i}": {1: [0, 0]} for i in range(2 * REMEMBERED)}}
+    asyncio.run(loads.poll([address("a")]))
+    asyncio.run(loads.poll([]))
+    engines.tokens["a"] = {1: [7, 1]}
+    asyncio.run(loads.poll([address("a")]))
+    assert loads.pools == {"h20": {1: [7, 1]}}
+    for i in range(2 * REMEMBERED):  # and of those that don't come back, little is kept
+        asyncio.run(loads.poll([address(f"r{i}")]))
+    assert len(loads._last) <= REMEMBERED + 1
 
 
 def test_engines_that_count_nothing_are_asked_once() -> None:

@@ -66,6 +66,14 @@ def test_malformed_json(http: httpx.Client, path: str, body: bytes) -> None:
     check(http.post(path, content=body, headers={"content-type": "application/json"}), 400)
 
 
+@pytest.mark.parametrize("path", [CHAT, "/tokenize"])
+def test_too_many_messages_are_refused_unread(http: httpx.Client, path: str) -> None:
+    """While they were read, no other stream would go on."""
+    messages = [{"role": "user", "content": ""}] * 8193
+    message = check(http.post(path, json={"model": NAME, "messages": messages}), 400, "messages")
+    assert "8193 items; at most 8192" in message
+
+
 @pytest.mark.parametrize("body", ["[]", "null", "3", '"text"', "true"])
 def test_json_that_is_no_object(http: httpx.Client, body: str) -> None:
     assert "object" in check(http.post(CHAT, content=body, headers={"content-type": "application/json"}), 400)
