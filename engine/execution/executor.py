@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from engine.config import EngineConfig, ModelConfig
@@ -12,6 +13,7 @@ from engine.execution.batch import StepInput
 from engine.execution.control import ControlChannel
 from engine.execution.follower import follow
 from engine.execution.launch import STOP_SECONDS, LocalFollowers
+from engine.execution.machine import check_gpus
 from engine.execution.parallel import free_address
 from engine.execution.worker import Progress, Worker
 
@@ -89,6 +91,8 @@ class Executor:
         world_size = config.tensor_parallel_size
         rendezvous = free_address(LOOPBACK) if world_size > 1 else None
         worker = Worker(config, model, rank=0, world_size=world_size, rendezvous=rendezvous, progress=progress)
+        if worker.device.type == "cuda":
+            check_gpus(world_size, torch.cuda.device_count())
         if rendezvous is None:
             worker.initialize()
             return cls(worker)

@@ -34,6 +34,19 @@ def choose_device(config: EngineConfig, rank: int) -> torch.device:
     return torch.device("cuda", rank % torch.cuda.device_count())
 
 
+def check_gpus(world_size: int, available: int) -> None:
+    """Refuse ranks of one machine that would share a GPU, which NCCL would do once all have loaded their weights.
+
+    Raises:
+        ConfigError: there are more ranks than GPUs.
+    """
+    if world_size > available:
+        raise ConfigError(
+            f"tensor_parallel_size is {world_size}, and torch sees {available} GPU(s); each rank needs one of its own: "
+            "lower it, or let this process see more (`nvidia-smi`, CUDA_VISIBLE_DEVICES)"
+        )
+
+
 def choose_dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
     """The compute dtype: what the config says, else fp32 on a CPU and bf16 on a GPU."""
     if config.dtype == "auto":

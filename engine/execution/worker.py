@@ -144,6 +144,7 @@ class Worker:
             ConfigError: one sequence of max_model_len does not fit into the cache.
             EngineDeadError: another rank did not come.
         """
+        self._enter_thread()
         self.group.connect(self._rendezvous, self.device, check)
         self._graph_sizes = graph_sizes(self.config, self.device, self.dtype, self.group.world_size)
         num_blocks = self.group.minimum(self._num_blocks(), self.device)

@@ -60,7 +60,7 @@ class Fit:
         decode_limit: tokens a second of all sequences of the demand, if only memory's bandwidth and the cards'
             arithmetic counted.
         single_limit: likewise of one sequence alone.
-        prefill_limit: prompt tokens a second, likewise.
+        prefill_limit: prompt tokens a second, likewise, of prompts as long as the demand's context.
     """
 
     card: Card
@@ -122,6 +122,7 @@ def fit(
         engine, block, total=card.memory_bytes, used=weights.total + CUDA_BYTES, activations=activations + graphs
     )
     batch, context = demand.concurrency, demand.context
+    head = model.vocab_size * model.hidden_size
     return Fit(
         card=card,
         tensor_parallel_size=size,
@@ -134,9 +135,10 @@ def fit(
         max_context=model.max_position_embeddings,
         max_num_seqs=engine.max_num_seqs,
         demand=demand,
-        decode_limit=batch / _step_seconds(model, weights, card, size, batch=batch, kv=batch * context * token),
-        single_limit=1 / _step_seconds(model, weights, card, size, batch=1, kv=context * token),
-        prefill_limit=card.flops * size / (2 * weights.active),
+        decode_limit=batch / _step_seconds(model, weights, card, size, batch=batch, context=context, token=token),
+        single_limit=1 / _step_seconds(model, weights, card, size, batch=1, context=context, token=token),
+        # A token of a prompt sees half of it on average, and only the last one's logits are computed.
+        prefill_limit=card.flops * size / (2 * (weights.active - head) + _attention(model, context / 2)),
     )
 
 
@@ -158,6 +160,15 @@ def least(candidates: Sequence[Fit]) -> Fit | None:
     return next((candidate for candidate in candidates if candidate.fits), None)
 
 
-def _step_seconds(model: ModelConfig, weights: Weights, card: Card, size: int, *, batch: int, kv: int) -> float:
+def _step_seconds(
+    model: ModelConfig, weights: Weights, card: Card, size: int, *, batch: int, context: int, token: int
+) -> float:
     """The least time of a decode step: its bytes over the bandwidth, or its operations over the rate."""
-    return max((weights.read(batch, model) + kv) / card.bandwidth, 2 * weights.active * batch / (card.flops * size))
+    read = weights.read(batch, model) + batch * context * token
+    operations = batch * (2 * weights.active + _attention(model, context))
+    return max(read / card.bandwidth, operations / (card.flops * size))
+
+
+def _attention(model: ModelConfig, keys: float) -> float:
+    """Operations of one token over so many keys in all layers: in every head, its scores and its sum of values."""
+    return 4 * model.num_hidden_layers * model.num_attention_heads * model.head_dim * keys

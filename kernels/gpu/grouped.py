@@ -14,7 +14,7 @@ import triton.language as tl
 
 from kernels.gpu import assembly, groups
 from kernels.gpu.packed import Layout
-from kernels.gpu.shapes import COLUMNS, FEW, SHAPES, Shape, features_for
+from kernels.gpu.shapes import COLUMNS, FEW, SHAPES, Shape, features_for, stages_for
 from kernels.gpu.variant import Variant
 
 _POSITION = tl.constexpr(assembly.POSITION)
@@ -237,6 +237,10 @@ def variants() -> list[Variant]:
             ("planes4", "planes", 4, 1, 256, SHAPES[0]),
             ("int4_128", "grouped", 0, 4, 128, SHAPES[0]),
             ("int4_128", "grouped", 0, 4, 128, SHAPES[-1]),
+            # The most activations for a byte of codes.
+            ("int2_128", "grouped", 0, 2, 128, SHAPES[-1]),
+            ("int2_32", "grouped", 0, 2, 32, SHAPES[1]),
+            ("planes4_32", "planes", 4, 1, 32, FEW[1]),
         )
     ]
     return [*few, *many]
@@ -250,8 +254,12 @@ def _variant(
     groups = max(1, elements * fields // group)
     constants = {"LAYOUT": layout, "WORDS": words, "PLANES": planes, "WIDTH": width, "GROUPS": groups, "Q": elements}
     constants |= {"RUN": 2 if layout == "ccq" else min(elements, group // fields), "GROUP_TILES": 1, "BN": features}
-    constants |= {"BT": max(COLUMNS, shape.rows * groups), "ROWS": shape.rows, "EXPERTS": True, "SHARE": 8}
-    constants |= {"BIAS": False, "ASM": True, "STAGES": shape.stages}
+    columns = max(COLUMNS, shape.rows * groups)
+    stages = stages_for(
+        layout, shape, words=words, planes=planes, groups=groups, elements=elements, fields=fields, columns=columns
+    )
+    constants |= {"BT": columns, "ROWS": shape.rows, "EXPERTS": True, "SHARE": 8}
+    constants |= {"BIAS": False, "ASM": True, "STAGES": stages}
     types = {"ccq": {}, "planes": {"group_ptr": "*fp16", "column_ptr": "*fp32"}, "grouped": {"group_ptr": "*fp16"}}
     return Variant(
         f"grouped_{name}_experts_{shape.rows}",
@@ -259,7 +267,7 @@ def _variant(
         _SIGNATURE | types[layout],
         constants,
         num_warps=shape.warps,
-        num_stages=shape.stages,
+        num_stages=stages,
         aligned=_ALIGNED,
         packed_bytes=features * elements * 2 * max(planes, 1),
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 from torch import Tensor
@@ -10,7 +12,16 @@ from kernels.gpu.arrange import arrange_kernel
 from kernels.gpu.grouped import grouped_kernel
 from kernels.gpu.multiply import multiply_kernel
 from kernels.gpu.packed import GpuPrepared, Packed
-from kernels.gpu.shapes import Shape, columns_for, features_for, group_tiles, splits_for, takes_groups
+from kernels.gpu.shapes import (
+    SHARED_BYTES,
+    Shape,
+    columns_for,
+    features_for,
+    group_tiles,
+    splits_for,
+    stages_for,
+    takes_groups,
+)
 
 ARRANGE_BLOCK = 4096
 """Activations of a row that a program brings in order at a time."""
@@ -152,7 +163,7 @@ def _multiply(
         BIAS=bias is not None,
         ASM=_asm(arranged),
         num_warps=shape.warps,
-        num_stages=shape.stages,
+        num_stages=_stages(part, shape, device=x.device),
         enable_fp_fusion=True,
     )
 
@@ -171,6 +182,8 @@ def _grouped(
     share: int,
 ) -> None:
     arranged, unit, sums = arrange(x, part, grouped=True)
+    columns = columns_for(part, shape)
+    stages = _stages(part, shape, columns=columns, device=x.device)
     # `unit` stands for tensors that this layout does not read.
     grouped_kernel[(count, triton.cdiv(part.out_features, features_for(part.layout, shape)), splits)](
         arranged,
@@ -203,17 +216,33 @@ def _grouped(
         RUN=part.run,
         Q=part.elements,
         BN=features_for(part.layout, shape),
-        BT=columns_for(part, shape),
+        BT=columns,
         ROWS=shape.rows,
         EXPERTS=blocks is not None,
         SHARE=share,
         BIAS=bias is not None,
         ASM=_asm(arranged),
-        STAGES=shape.stages,
+        STAGES=stages,
         num_warps=shape.warps,
-        num_stages=shape.stages,
+        num_stages=stages,
         enable_fp_fusion=True,
     )
+
+
+def _stages(part: Packed, shape: Shape, *, columns: int | None = None, device: torch.device) -> int:
+    return stages_for(
+        part.layout, shape, words=part.words, planes=part.planes, groups=part.groups, elements=part.elements,
+        fields=part.fields, columns=columns, shared_bytes=_shared_bytes(device),
+    )  # fmt: skip
+
+
+@functools.cache
+def _shared_bytes(device: torch.device) -> int:
+    """Of a program; by the number by which Triton refuses to launch."""
+    if device.type != "cuda":
+        return SHARED_BYTES
+    properties = triton.runtime.driver.active.utils.get_device_properties(device.index)
+    return min(SHARED_BYTES, int(properties["max_shared_mem"]))
 
 
 def _asm(arranged: Tensor) -> bool:

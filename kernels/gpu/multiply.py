@@ -10,7 +10,7 @@ import triton.language as tl
 
 from kernels.gpu import assembly, decode
 from kernels.gpu.packed import FIELDS, Layout
-from kernels.gpu.shapes import SHAPES, Shape, features_for
+from kernels.gpu.shapes import SHAPES, Shape, features_for, stages_for
 from kernels.gpu.variant import Variant
 
 _CCQ_EXPONENT = tl.constexpr(assembly.POSITION - assembly.CCQ_LOW - assembly.CCQ_SCALE)
@@ -281,9 +281,13 @@ def _variant(name: str, layout: Layout, words: int, planes: int, *, shape: Shape
     features = features_for(layout, shape)
     elements = 32 if layout in ("ccq", "planes") else 64
     constants = {"LAYOUT": layout, "WORDS": words, "PLANES": planes, "GROUP_TILES": 1, "Q": elements}
-    constants |= {"GROUPS": {"ccq": 4, "planes": 2}.get(layout, 1)}
+    groups = {"ccq": 4, "planes": 2}.get(layout, 1)
+    constants |= {"GROUPS": groups}
     constants |= {"BN": features, "BT": shape.rows, "EXPERTS": experts, "SHARE": 8 if experts else 1}
     constants |= {"BIAS": False, "ASM": layout != "dense"}
+    stages = stages_for(
+        layout, shape, words=words, planes=planes, groups=groups, elements=elements, fields=FIELDS[layout]
+    )  # fmt: skip
     packed_bits = {"dense": 16, "int8": 8, "int4": 4, "ccq": 2, "planes": max(planes, 1)}[layout]
     return Variant(
         f"multiply_{name}_{'experts' if experts else 'linear'}_{shape.rows}",
@@ -291,7 +295,7 @@ def _variant(name: str, layout: Layout, words: int, planes: int, *, shape: Shape
         _SIGNATURE | _TYPES[layout],
         constants,
         num_warps=shape.warps,
-        num_stages=shape.stages,
+        num_stages=stages,
         aligned=_ALIGNED,
         packed_bytes=features * elements * FIELDS[layout] * packed_bits // 8,
     )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import triton
 
+from kernels.gpu import assembly
 from kernels.gpu.packed import GROUPED_LAYOUTS, GpuPrepared, Layout, Packed
 
 PROGRAMS = 1056
@@ -17,9 +18,10 @@ COLUMNS = 8
 """Of a tensor core's second operand, at least."""
 MOST_COLUMNS = 128
 """Of `kernels.gpu.grouped`: sums of more would not fit the registers."""
-
 PLANE_COLUMNS = 16
 """Of bit planes there."""
+SHARED_BYTES = 163 * 1024
+"""Of an A100's shared memory that a program can have; 64 KiB more of a Hopper GPU's (CUDA C++ Programming Guide)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,45 @@ def features_for(layout: Layout, shape: Shape) -> int:
     """Output features of a program: fewer where sums of planes, or of groups beside all, want registers too."""
     few = shape.rows <= SHAPES[1].rows
     return shape.features // 2 if (layout == "planes" and few) or (layout == "grouped" and not few) else shape.features
+
+
+def stages_for(
+    layout: Layout,
+    shape: Shape,
+    *,
+    words: int,
+    planes: int,
+    groups: int,
+    elements: int,
+    fields: int,
+    columns: int | None = None,
+    shared_bytes: int = SHARED_BYTES,
+) -> int:
+    """Depth of the pipeline: the shape's, or less where that is more shared memory than a multiprocessor has.
+
+    All stages but the newest stand there, each with codes and with the activations for all their fields; CCQ_MIXED has
+    two loops with stages of their own. On Hopper the newest one's activations stand there too, at most 64 KiB: so much
+    more it has.
+
+    Args:
+        layout: `Packed.layout`, as all that follows.
+        shape: of the programs.
+        words: of CCQ.
+        planes: bit planes.
+        groups: of a tile.
+        elements: Q.
+        fields: F.
+        columns: `columns_for` in `kernels.gpu.grouped`, whose sums of groups are added there; None in
+            `kernels.gpu.multiply`.
+        shared_bytes: that a program can have, at most `SHARED_BYTES`; on GeForce and L cards 99 KiB.
+    """
+    features = features_for(layout, shape)
+    item = 1 if layout in ("int8", "int4") else 2
+    stage = 2 * fields * elements * (columns or shape.rows) + item * max(planes, 1) * features * elements
+    loops = 2 if layout == "ccq" and words == assembly.CCQ_MIXED.value else 1
+    # What the compiler was seen to take to bring scales, or sums of groups, from one layout of registers to another.
+    scratch = loops * features * max(16, 2 * groups) if columns is None else 4 * features * columns + 1024
+    return min(shape.stages, 1 + (shared_bytes - scratch) // (loops * stage))
 
 
 def takes_groups(weight: Packed, shape: Shape) -> bool:

@@ -19,6 +19,7 @@ from engine.config import EngineConfig, ModelConfig
 from engine.errors import CheckpointError, ConfigError, EngineDeadError
 from engine.execution.executor import Executor
 from engine.execution.launch import LocalFollowers
+from engine.execution.machine import check_gpus
 from engine.execution.parallel import free_address, split_address
 from engine.execution.worker import Worker
 
@@ -149,6 +150,31 @@ def test_threads_are_limited_in_whichever_thread_runs_the_steps(folder):
     thread.join()
     executor.shutdown()
     assert counts == [1]
+
+
+def test_each_thread_that_a_worker_uses_is_set_up(folder):
+    """CUDA has a device for each thread by itself too, which must be the rank's when kernels start."""
+    one = config(folder).model_copy(update={"tensor_parallel_size": 1})
+    worker = Worker(one, ModelConfig.from_folder(folder))
+    counts = []
+
+    def run(do) -> None:
+        torch.set_num_threads(2)
+        do()
+        counts.append(torch.get_num_threads())
+
+    for do in (worker.load, worker.connect):
+        thread = threading.Thread(target=run, args=(do,))
+        thread.start()
+        thread.join()
+    worker.close()
+    assert counts == [1, 1]
+
+
+def test_ranks_of_one_machine_do_not_share_a_gpu():
+    check_gpus(2, 2)
+    with pytest.raises(ConfigError, match="tensor_parallel_size is 4, and torch sees 2"):
+        check_gpus(4, 2)
 
 
 def test_free_addresses():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import random
+import weakref
 from pathlib import Path
 
 import pytest
@@ -68,3 +70,18 @@ def test_a_model_that_can_not_be_recorded_runs_all_the_same(random_checkpoint, c
         assert made.execute(decodes([5])) is not None
     finally:
         made.close()
+
+
+def test_a_closed_worker_lets_go_at_once():
+    """Not when the garbage collector happens to run: it knows nothing of the GPU memory that the next engine needs."""
+    made = worker(EXAMPLE)
+    assert made._runner is not None
+    assert made._runner.graphs is not None
+    held = [weakref.ref(made._decoder), weakref.ref(made._runner), weakref.ref(made._runner.cache.layers[0].keys)]
+    gc.collect()
+    gc.disable()
+    try:
+        made.close()
+        assert [each() for each in held] == [None] * len(held)
+    finally:
+        gc.enable()

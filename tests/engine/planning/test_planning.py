@@ -149,6 +149,21 @@ def test_what_a_decode_step_reads() -> None:
     assert weights.read(10**6, ERNIE) == pytest.approx(dense + weights.experts)
 
 
+@pytest.mark.parametrize("context", [1024, 32768, 131072])
+def test_limits_count_what_attention_computes(context: int) -> None:
+    """From the published shapes: 54 layers, 3 of them dense, 64 heads and 8 kv heads of 128, 8 experts a token."""
+    linears = 54 * 8192 * 128 * (64 + 8 + 8 + 64) + 3 * 3 * 8192 * 28672 + 51 * 8 * 3 * 8192 * 3584
+    demand = Demand(context, 512, "int8")
+    found = fit(ERNIE, find_layout("wint2", ERNIE), demand, card=CARDS["H20-141G"], size=8)
+    # Scores and values: 2 products of 2 operations; a prompt's token sees half of the prompt.
+    prefill = 2 * linears + 54 * 4 * 64 * 128 * context / 2
+    assert found.prefill_limit == pytest.approx(8 * 148e12 / prefill, rel=0.01)
+    decode = 2 * (linears + 103424 * 8192) + 54 * 4 * 64 * 128 * context
+    read = found.weights.total - found.weights.lookup + 512 * context * 54 * 2 * (128 + 2)  # one kv head a rank
+    seconds = max(read / 4e12, 512 * decode / (8 * 148e12))
+    assert found.decode_limit == pytest.approx(512 / seconds, rel=0.01)
+
+
 def test_parts_of_the_300b() -> None:
     wint2, tight = (weigh(ERNIE, find_layout(name, ERNIE)) for name in ("wint2", "tight"))
     assert wint2.parts["experts, wint2"] == pytest.approx((66.24 + 2.07 + 0.46) * 1e9, abs=0.01e9)

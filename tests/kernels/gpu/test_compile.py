@@ -43,11 +43,23 @@ OTHERS = (
 )
 """Parts of the names of kernels to compile besides."""
 
+MOST_SHARED = (
+    "multiply_ccq_mixed_experts_64",
+    "multiply_planes2_experts_64",
+    "multiply_planes4_experts_64",
+    "grouped_int2_128_experts_64",
+    "grouped_int2_32_experts_16",
+    "grouped_planes4_32_experts_4",
+)
+"""Those whose pipelines want the most shared memory: a GPU refuses to launch what wants more than it has. With many
+planes and small groups registers are spilled, which costs time alone."""
+CHOSEN = (*OPS_PER_BYTE, *OTHERS, *MOST_SHARED)
+
 
 @pytest.fixture(scope="module")
 def compiled() -> list[dict[str, Any]]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks.sass", "--json", "--only", *OPS_PER_BYTE, *OTHERS]
+    command = [sys.executable, "-m", "benchmarks.sass", "--json", "--only", *CHOSEN]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     kernels: list[dict[str, Any]] = json.loads(done.stdout)["kernels"]
@@ -60,9 +72,9 @@ def where(kernel: dict[str, Any]) -> str:
 
 def test_every_chosen_kernel_is_there(compiled):
     names = {kernel["name"] for kernel in compiled}
-    for part in (*OPS_PER_BYTE, *OTHERS):
+    for part in CHOSEN:
         assert any(part in name for name in names), f"no kernel is called {part!r}"
-    chosen = [v for v in all_variants() if any(part in v.name for part in (*OPS_PER_BYTE, *OTHERS))]
+    chosen = [v for v in all_variants() if any(part in v.name for part in CHOSEN)]
     expected = {(variant.name, capability) for variant in chosen for capability in variant.capabilities}
     assert {(kernel["name"], kernel["capability"]) for kernel in compiled} == expected
 
@@ -72,7 +84,7 @@ def test_registers_spills_and_shared_memory_fit(compiled):
     for kernel in compiled:
         if kernel["registers"] > MAX_REGISTERS:
             problems.append(f"{where(kernel)}: {kernel['registers']} registers")
-        if kernel["spilled_bytes"]:
+        if kernel["spilled_bytes"] and kernel["name"] not in MOST_SHARED:
             problems.append(f"{where(kernel)}: {kernel['spilled_bytes']} bytes of local memory")
         if kernel["shared_bytes"] > MAX_SHARED_BYTES[kernel["capability"]]:
             problems.append(f"{where(kernel)}: {kernel['shared_bytes']} bytes of shared memory")
@@ -82,9 +94,9 @@ def test_registers_spills_and_shared_memory_fit(compiled):
 def test_a_packed_byte_costs_no_more_than_recorded(compiled):
     problems = []
     for kernel in compiled:
-        per_byte = kernel["instructions_per_byte"]
-        if per_byte is None:
+        if kernel["name"] not in OPS_PER_BYTE:
             continue
+        per_byte = kernel["instructions_per_byte"]
         print(f"{where(kernel)}: {per_byte:.2f} lane-operations a byte")
         bound = OPS_PER_BYTE[kernel["name"]][kernel["capability"]]
         if per_byte > bound:

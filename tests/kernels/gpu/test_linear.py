@@ -192,3 +192,22 @@ def test_a_column_without_a_line_keeps_the_exact_words(lineless, before, columns
 def test_words_that_no_kernel_makes_are_decoded_once():
     weight = make.ccq(n=3, k=64, pair=(1e6, 0.0))
     assert isinstance(prepare(weight, dtype=torch.float32, device=make.CPU), DensePrepared)
+
+
+def test_pipelines_are_as_deep_as_shared_memory_allows():
+    """`test_compile` has the compiler's word for an A100 and Hopper; GeForce and L cards have 99 KiB."""
+
+    def depths(layout, *, words=0, planes=0, groups=1, elements=32, fields):
+        return [
+            shapes.stages_for(
+                layout, shapes.SHAPES[-1], words=words, planes=planes, groups=groups, elements=elements, fields=fields,
+                shared_bytes=kibibytes * 1024,
+            )
+            for kibibytes in (163, 99)
+        ]  # fmt: skip
+
+    assert depths("int8", elements=64, fields=1) == [3, 3]
+    assert depths("ccq", words=assembly.CCQ_WIDE.value, groups=4, fields=8) == [3, 3]
+    assert depths("ccq", words=assembly.CCQ_MIXED.value, groups=4, fields=8) == [2, 2]
+    assert depths("planes", planes=2, groups=2, fields=16) == [3, 2]
+    assert depths("planes", planes=4, groups=2, fields=16) == [2, 2]
