@@ -69,7 +69,8 @@ RUN --mount=type=bind,from=package,source=/wheels,target=/wheels \
 USER 1000:1000
 
 FROM runtime AS cuda
-ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
+# Which GPUs a container sees is for Docker and Kubernetes to say: a pod that asks for none must not see all.
+ENV NVIDIA_DRIVER_CAPABILITIES=compute,utility
 COPY --link --from=dependencies-cuda /opt/venv /opt/venv
 RUN --mount=type=bind,from=package,source=/wheels,target=/wheels \
     pip install --no-cache-dir --no-deps /wheels/*.whl

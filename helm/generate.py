@@ -18,6 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from shapes import (
+    ACCELERATOR,
+    CHOICES,
+    ITEMS,
+    LARGEST,
+    LARGEST_NUMBER,
+    MOST_REPLICAS,
+    NAMED,
+    NEVER_EMPTY,
+    PATTERNS,
+    POSITIVE,
+    SHAPES,
+)
 
 from deployments.config import AppConfig
 from engine.config import EngineConfig
@@ -25,83 +38,6 @@ from engine.config import EngineConfig
 CHART = Path(__file__).resolve().parent / "dibit"
 DASHBOARD = CHART.parents[1] / "deployments" / "observability" / "grafana" / "dibit.json"
 """A chart can only hold files of its own folder, so it has a copy."""
-
-CHOICES: dict[str, list[str]] = {
-    "autoscaling.together": ["auto", "always", "never"],
-    "image.pullPolicy": ["Always", "IfNotPresent", "Never"],
-    "model.cache.type": ["pvc", "hostPath", "image", "emptyDir"],
-    "ray.autoscaler.upscalingMode": ["Default", "Conservative", "Aggressive"],
-    "ray.upgrade.type": ["NewCluster", "NewClusterWithIncrementalUpgrade", "None"],
-    "service.type": ["ClusterIP", "NodePort", "LoadBalancer"],
-}
-PATTERNS = {
-    "image.digest": r"^(sha256:[0-9a-f]{64})?$",
-    "ray.version": r"^\d+\.\d+\.\d+$",
-    "model.cache.mountPath": r"^/",
-    "model.path": r".",
-}
-LARGEST = {
-    "service.port": 65535,
-    "ray.upgrade.maxSurgePercent": 100,
-    "ray.upgrade.stepSizePercent": 100,
-}
-
-
-def _object(*required: str, optional: str = "") -> dict[str, Any]:
-    """An object of Kubernetes that has these keys and no other; what is in them, Kubernetes checks."""
-    keys = [*required, *optional.split()]
-    return {"type": "object", "additionalProperties": False, "properties": {key: {} for key in keys}} | (
-        {"required": list(required)} if required else {}
-    )
-
-
-TEXT = {"type": "string", "minLength": 1}
-WORDS = {"type": "object", "additionalProperties": {"type": "string"}}
-AMOUNTS = {"type": "object", "additionalProperties": {"type": ["string", "number"]}}
-VOLUMES = "hostPath emptyDir persistentVolumeClaim configMap secret projected csi nfs image ephemeral"
-SHAPES: dict[str, dict[str, Any]] = {
-    "annotations": WORDS,
-    "labels": WORDS,
-    "nodeSelector": WORDS,
-    "resources": {
-        **_object(optional="requests limits claims"),
-        "properties": {"requests": AMOUNTS, "limits": AMOUNTS, "claims": {"type": "array"}},
-    },
-    "affinity": _object(optional="nodeAffinity podAffinity podAntiAffinity"),
-    "podSecurityContext": {"type": "object"},
-    "containerSecurityContext": {"type": "object"},
-}
-"""Kubernetes' own objects, by the last part of their path. Security contexts are whole in Kubernetes' hands."""
-
-PEER = _object(optional="podSelector namespaceSelector ipBlock")
-TOLERATION = _object(optional="key operator value effect tolerationSeconds")
-SPREAD = _object(
-    "maxSkew",
-    "topologyKey",
-    "whenUnsatisfiable",
-    optional="labelSelector matchLabelKeys minDomains nodeAffinityPolicy nodeTaintsPolicy",
-)
-VARIABLE = _object("name", optional="value valueFrom")
-VARIABLE["properties"] = {"name": TEXT, "value": {"type": "string"}, "valueFrom": {"type": "object"}}
-ITEMS: dict[str, dict[str, Any]] = {
-    "pullSecrets": _object("name"),
-    "accessModes": {"enum": ["ReadWriteOnce", "ReadOnlyMany", "ReadWriteMany", "ReadWriteOncePod"]},
-    "tolerations": TOLERATION,
-    "topologySpreadConstraints": SPREAD,
-    "env": VARIABLE,
-    "volumes": _object("name", optional=VOLUMES),
-    "volumeMounts": _object("name", "mountPath", optional="readOnly subPath subPathExpr mountPropagation"),
-    "hosts": TEXT,
-    "hostnames": TEXT,
-    "parentRefs": _object("name", optional="namespace sectionName port group kind"),
-    "clients": PEER,
-    "monitoring": PEER,
-    "operator": PEER,
-}
-"""What is in a list, by the last part of its path."""
-
-POSITIVE = {"monitoring.prometheusRule.ttftSeconds", "monitoring.prometheusRule.tpotSeconds"}
-"""Values of which zero makes no sense."""
 
 ENGINE_ELSEWHERE = ("model", "tensor_parallel_size")
 """Engine options that the chart sets from other values."""
@@ -171,7 +107,13 @@ def schema(values: dict[str, Any], comments: dict[str, str]) -> dict[str, Any]:
     for options in (application, definitions["PoolConfig"]):
         options["properties"]["engine"] = {"$ref": "#/definitions/Engine"}
     definitions.update(engine.pop("$defs", {}))
-    bounds = {"anyOf": [{"type": "integer", "minimum": 0}, {"$ref": "#/definitions/ReplicaRange"}]}
+    bounds = {
+        "anyOf": [
+            {"type": "integer", "minimum": 1, "maximum": MOST_REPLICAS},
+            {"$ref": "#/definitions/ReplicaRange"},
+        ]
+    }
+    definitions["ReplicaRange"]["properties"]["max"]["maximum"] = MOST_REPLICAS
 
     root = infer(values, "", comments)
     root["properties"]["engine"] = {"$ref": "#/definitions/Engine"}
@@ -179,6 +121,8 @@ def schema(values: dict[str, Any], comments: dict[str, str]) -> dict[str, Any]:
     # What becomes a Kubernetes label and name.
     pool["properties"]["name"]["pattern"] = "^[a-z0-9]([a-z0-9-]*[a-z0-9])?$"
     pool["properties"]["name"]["maxLength"] = 30
+    pool["properties"]["accelerator_type"]["anyOf"][0]["pattern"] = ACCELERATOR
+    pool["properties"]["resources"]["propertyNames"] = {"not": {"enum": ["CPU", "GPU"]}}
     pool["properties"]["replicas"] = bounds
     pool["properties"]["worker"] = infer(values["pools"][0]["worker"], "pools.worker", comments)
     pool["required"] = ["name"]
@@ -209,22 +153,24 @@ def infer(value: Any, path: str, comments: dict[str, str]) -> dict[str, Any]:
         result["properties"] = {
             key: infer(item, f"{path}.{key}" if path else key, comments) for key, item in value.items()
         }
+        if not path.startswith("pools."):  # items of a list are not merged with the defaults
+            result["required"] = list(value)  # all are there, unless somebody has set one to null
     elif isinstance(value, list):
         result |= {"type": "array", "items": ITEMS.get(last, {})}
+        if last in NEVER_EMPTY:
+            result["minItems"] = 1
     elif isinstance(value, bool):
         result["type"] = "boolean"
     elif isinstance(value, (int, float)):
-        result |= {"type": "integer" if isinstance(value, int) else "number", "minimum": 0}
-        if path in LARGEST:
-            result["maximum"] = LARGEST[path]
-        if path in POSITIVE:
-            result |= {"type": "number", "exclusiveMinimum": 0}
+        result["type"] = "integer" if isinstance(value, int) else "number"
+        result["exclusiveMinimum" if path in POSITIVE else "minimum"] = 0
+        result["maximum"] = LARGEST.get(path, LARGEST_NUMBER)
     else:
         result["type"] = "string"
         if path in CHOICES:
             result["enum"] = CHOICES[path]
-        if path in PATTERNS:
-            result["pattern"] = PATTERNS[path]
+        if pattern := PATTERNS.get(path) or NAMED.get(last):
+            result["pattern"] = pattern
     return result
 
 
@@ -267,6 +213,7 @@ for clients, network policy, disruption budgets, alerts and a dashboard. It need
 KubeRay operator 1.7.
 
 ```sh
+helm repo add kuberay https://ray-project.github.io/kuberay-helm/
 helm install kuberay-operator kuberay/kuberay-operator --version 1.7.0      # once for each cluster
 helm install dibit helm/dibit --values helm/dibit/values-h20-single.yaml \\
   --set image.repository=registry.example.com/dibit
@@ -283,6 +230,7 @@ a first try without a GPU. An unknown key is an error that names it.
   [operations](../../docs/operations.md).
 * **Argo CD** and others that render away from the cluster: name a Secret in `ray.gcsFaultTolerance.passwordSecret`, or
   each sync makes another password for the bundled Redis.
+* **OpenShift** gives out user ids itself: set `podSecurityContext.runAsUser`, `runAsGroup` and `fsGroup` to null.
 * **Ports** and who may reach them are in [security](../../docs/security.md).
 
 This page and `values.schema.json` are written by

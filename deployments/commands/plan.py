@@ -24,6 +24,9 @@ from engine.planning.layouts import LAYOUTS, Layout, find_layout
 from engine.planning.plan import Demand, Fit, fits
 
 MOST_SEQS = 256
+USUAL_CONTEXT = 32768
+GROUP_SIZES = range(32, 257, 32)
+"""Rows of a group that bit planes may have."""
 DEFAULTS = EngineConfig(model="")
 
 
@@ -31,8 +34,9 @@ DEFAULTS = EngineConfig(model="")
 class PlanOptions:
     """Options of ``dibit plan``.
 
-    ``layout`` None is "stored" for a checkpoint, and "wint2" or "bpdq" for a name; ``max_num_seqs`` None is the
-    engine's default, or as many sequences as there are, up to `MOST_SEQS`.
+    ``layout`` None is "stored" for a checkpoint, and "wint2" or "bpdq" for a name; ``context`` None is `USUAL_CONTEXT`,
+    or as long as the model's; ``max_num_seqs`` None is the engine's default, or as many sequences as there are, up to
+    `MOST_SEQS`.
     """
 
     model: str
@@ -41,7 +45,7 @@ class PlanOptions:
     group_size: int = 256
     embeddings: str | None = None
     kv_dtype: Literal["bf16", "int8"] = "bf16"
-    context: int = 32768
+    context: int | None = None
     concurrency: int = 1
     gpus: Sequence[str] = ()
     utilization: float = 0.9
@@ -82,6 +86,8 @@ def run_plan(options: PlanOptions) -> None:
         ConfigError: an option is wrong; the message says what would do.
         DibitError: the model isn't there, or is not supported.
     """
+    if options.group_size not in GROUP_SIZES:
+        raise ConfigError(f"--group-size: {options.group_size} is no multiple of 32 from 32 to 256")
     model = find_model(options.model)
     built_in = options.model.lower() in FAMILIES
     layout = _layout(options, model, options.layout or _usual(model, built_in=built_in))
@@ -92,9 +98,10 @@ def run_plan(options: PlanOptions) -> None:
         max_num_batched_tokens=options.max_num_batched_tokens,
         enforce_eager=options.enforce_eager,
     )
-    if options.context > model.max_position_embeddings:
-        raise ConfigError(f"context: {options.context} exceeds the model's {model.max_position_embeddings}")
-    demand = Demand(options.context, options.concurrency, options.kv_dtype)
+    context = options.context or min(USUAL_CONTEXT, model.max_position_embeddings)
+    if context > model.max_position_embeddings:
+        raise ConfigError(f"context: {context} exceeds the model's {model.max_position_embeddings}")
+    demand = Demand(context, options.concurrency, options.kv_dtype)
     stock = _stock(options.gpus)
     cards = list(stock or CARDS.values())
     owned = {card: count for card, count in stock.items() if count is not None}

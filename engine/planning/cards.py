@@ -43,8 +43,8 @@ CARDS = {
         _card("H20-96G", "H20", gib=95.0, terabytes=4.0, teraflops=148),
         _card("H20-141G", "H20", gib=139.8, terabytes=4.0, teraflops=148),
         _card("L20-48G", "L20", gib=44.5, terabytes=0.864, teraflops=119.5),
-        _card("4090-24G", "RTX-4090", gib=23.5, terabytes=1.008, teraflops=165),
-        _card("3090-24G", "RTX-3090", gib=23.6, terabytes=0.936, teraflops=71),
+        _card("4090-24G", "GeForce-RTX-4090", gib=23.5, terabytes=1.008, teraflops=165),
+        _card("3090-24G", "GeForce-RTX-3090", gib=23.6, terabytes=0.936, teraflops=71),
     )
 }
 """Rates from the vendors' data sheets; memory is about what CUDA reports on such a card, the error-correcting bits

@@ -68,6 +68,12 @@ def test_help_has_examples(command: str) -> None:
     assert f"dibit {command}" in shown.output
 
 
+@pytest.mark.parametrize("command", ["serve", "chat", "inspect", "env", "plan", "keys"])
+def test_help_names_every_option_in_full(command: str) -> None:
+    shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "80"})
+    assert "…" not in shown.output  # what rich puts where a column is too narrow
+
+
 def test_help_needs_no_heavy_import() -> None:
     code = "import sys, deployments.cli; print([m for m in ('torch', 'ray', 'httpx', 'pydantic') if m in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).strip() == "[]"

@@ -106,6 +106,10 @@ def test_an_emitted_file_says_how_to_make_it_again(
     assert plan(capsys, *again) == text
 
 
+def test_a_model_of_short_contexts_is_planned_with_these(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "1 at once with 2,048 tokens each" in plan(capsys, str(TINY), "--gpu", "L20")
+
+
 @pytest.mark.parametrize(("concurrency", "seqs"), [(1, 64), (100, 100), (2000, 256)])
 def test_engines_take_as_many_sequences_as_were_planned(
     capsys: pytest.CaptureFixture[str], concurrency: int, seqs: int
@@ -150,6 +154,7 @@ def test_integers_are_made_of_published_weights_while_loading(capsys: pytest.Cap
         ([BIG, "--gpu", "3090", "--format", "bf16", "--emit", "serve-config"], "fit no engine"),
         ([BIG, "--gpu", "999GB, 2.0TB/s, 312TFLOPs", "--emit", "helm-values"], "no name that Ray knows"),
         (["no-such-model"], "Built-in models"),
+        (["qwen2.5-72b", "--format", "bpdq", "--group-size", "100"], "--group-size: 100"),
     ],
 )
 def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], words: str) -> None:

@@ -24,13 +24,16 @@ from tests.images.recipe import ROOT
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "helm").rglob("*.md")])
 PAGES += sorted((ROOT / "examples").rglob("*.md"))
 HELM = Path(sys.executable).parent / "helm"
+CHART_ONLY = set(yaml.safe_load((ROOT / "helm" / "dibit" / "values.yaml").read_text(encoding="utf-8")))
+CHART_ONLY -= set(AppConfig.model_fields)
+"""Values of the chart that are no options of the application too."""
 CONFIGURED = [ROOT / name for name in ("Dockerfile", "compose.yaml", "serve_config.yaml")]
 """Files whose comments show commands."""
 OTHERS = {"curl", "cd", "cmake", "torchrun", "build/bin/llama-quantize"}
 """Programs whose arguments are not looked at."""
 
 COMMAND = re.compile(
-    r"^(?:\$ )?((?:[A-Z_]+=\S+ )*(?:\.venv/bin/)?(?:dibit|helm|kubectl|make|python|serve|ray|docker|hf|pip)\b .*)$"
+    r"^(?:\$ )?((?:[A-Z_]+=\S+ )*(?:\.venv/bin/)?(?:dibit|helm|kubectl|make|python|serve|ray|docker|hf|kind|pip)\b .*)$"
 )
 
 
@@ -149,7 +152,7 @@ def check_helm(arguments: list[str]) -> None:
             "upgrade",
         )
         return
-    flags = [word for word in rest if word != "--reuse-values"]
+    flags = [word for word in rest if word not in ("--reuse-values", "--reset-then-reuse-values")]
     done = subprocess.run([HELM, "template", *flags], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
@@ -206,5 +209,9 @@ def test_yaml_blocks_say_what_the_program_reads(page: Path) -> None:
         for content in yaml.safe_load_all(block):
             if "apiVersion" in content:
                 kubernetes_validate.validate(content, "1.34", strict=True)
-            elif "applications" not in content and set(content) - {"model"} != {"apiKeys"}:
+            elif CHART_ONLY & set(content):
+                chart = [HELM, "template", "docs", ROOT / "helm" / "dibit", "--values", "-"]
+                done = subprocess.run(chart, input=yaml.safe_dump(content), capture_output=True, text=True, check=False)
+                assert done.returncode == 0, done.stderr
+            elif "applications" not in content:
                 AppConfig.model_validate({"model": "some/model", **content.get("args", content)})

@@ -89,10 +89,25 @@ def serve_config(objects: Objects) -> dict[str, Any]:
 def validate(objects: Objects) -> None:
     """Check every object against the schema of its kind, refusing fields that Kubernetes would drop."""
     for (kind, _), document in objects.items():
+        once(document)
         if kind in CUSTOM:
             custom(kind).validate(document)
         else:
             kubernetes_validate.validate(document, "1.34", strict=True)
+
+
+ONCE = {"containers": "name", "env": "name", "volumes": "name", "volumeMounts": "mountPath", "imagePullSecrets": "name"}
+"""Lists that are maps to the API server (x-kubernetes-list-map-keys), and their keys."""
+
+
+def once(node: Any) -> None:
+    """Nothing is twice in a list that Kubernetes takes for a map."""
+    for item in node if isinstance(node, list) else node.values() if isinstance(node, dict) else []:
+        once(item)
+    for name, key in ONCE.items() if isinstance(node, dict) else ():
+        if isinstance(node.get(name), list):
+            found = [item[key] for item in node[name]]
+            assert len(set(found)) == len(found), f"{name}: {found}"
 
 
 @cache
@@ -108,7 +123,7 @@ def closed(schema: Any) -> Any:
     if not isinstance(schema, dict):
         return schema
     if schema.get("x-kubernetes-int-or-string"):
-        return {"type": ["integer", "string"]}
+        return {"type": ["integer", "string"], "pattern": schema.get("pattern", "")}
     result = {key: closed(value) for key, value in schema.items()}
     if "properties" in schema and "additionalProperties" not in schema and isinstance(schema.get("type"), str):
         result["additionalProperties"] = schema.get("x-kubernetes-preserve-unknown-fields", False)

@@ -120,7 +120,8 @@ def test_the_cpus_of_a_pod_hold_what_its_engines_ask_for(pool: dict[str, Any], g
     assert bundled["CPU"] == pytest.approx(cpus)
 
     def worker(**resources: Any) -> dict[str, Any]:
-        return {"pools": [{"name": "p", **pool, "worker": {"gpus": gpus, "resources": resources}}]}
+        own = {"gpus": gpus} if config.accelerator_type else {}
+        return {"pools": [{"name": "p", **pool, "worker": {**own, "resources": resources}}]}
 
     enough = math.ceil(cpus)
     for amount in (str(enough), f"{enough * 1000}m"):

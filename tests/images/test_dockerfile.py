@@ -55,6 +55,12 @@ def test_what_serves_is_not_root(target: str) -> None:
     assert next(inherited(target, "USER")).split(":")[0] == "1000"  # the chart's podSecurityContext.runAsUser
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_images_ask_for_no_gpu(target: str) -> None:
+    """NVIDIA's runtime gives a container what NVIDIA_VISIBLE_DEVICES names; a pod without a GPU would get all."""
+    assert not any("NVIDIA_VISIBLE_DEVICES" in value for value in inherited(target, "ENV"))
+
+
 def test_lists_of_packages_are_not_kept() -> None:
     for name, step in STEPS:
         if step.kind == "RUN" and "apt-get install" in step.value:

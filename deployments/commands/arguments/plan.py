@@ -28,8 +28,8 @@ def make_plan(
             "--format", help="stored, bf16, wint8, wint4, wint2 (Baidu's 2 bits), tight or bpdq.", show_default=False
         ),
     ] = None,
-    planes: Annotated[int, typer.Option("--bits", min=2, max=4, help="Bit planes of bpdq.")] = 2,
-    group_size: Annotated[int, typer.Option(help="Rows of a group of bpdq, at most.")] = 256,
+    planes: Annotated[int, typer.Option("--bits", metavar="N", min=2, max=4, help="Bit planes of bpdq.")] = 2,
+    group_size: Annotated[int, typer.Option(metavar="N", help="Rows of a group of bpdq, at most.")] = 256,
     embeddings: Annotated[
         str | None,
         typer.Option(
@@ -39,8 +39,16 @@ def make_plan(
         ),
     ] = None,
     kv_dtype: Annotated[Literal["bf16", "int8"], typer.Option(help="Keys and values in the cache.")] = "bf16",
-    context: Annotated[int, typer.Option(min=1, help="Tokens of each sequence, prompt and answer.")] = 32768,
-    concurrency: Annotated[int, typer.Option(min=1, help="Sequences at once, all engines together.")] = 1,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Tokens of each sequence, prompt and answer; 32768, or as many as the model has.",
+            show_default=False,
+        ),
+    ] = None,
+    concurrency: Annotated[int, typer.Option(metavar="N", min=1, help="Sequences at once, all engines together.")] = 1,
     gpu: Annotated[
         list[str] | None,
         typer.Option(
@@ -49,21 +57,26 @@ def make_plan(
         ),
     ] = None,
     utilization: Annotated[
-        float, typer.Option("--gpu-memory-utilization", min=0.01, max=1.0, help="Share of the memory to use.")
+        float,
+        typer.Option("--gpu-memory-utilization", metavar="N", min=0.01, max=1.0, help="Share of the memory to use."),
     ] = 0.9,
     max_num_seqs: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Sequences in a step of an engine; 64, or as many as --concurrency.", show_default=False
+            metavar="N",
+            min=1,
+            help="Sequences in a step of an engine; 64, or as many as --concurrency.",
+            show_default=False,
         ),
     ] = None,
-    max_num_batched_tokens: Annotated[int, typer.Option(min=1, help="Tokens in a step.")] = 2048,
+    max_num_batched_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens in a step.")] = 2048,
     enforce_eager: Annotated[bool, typer.Option("--enforce-eager", help="No CUDA graphs.")] = False,
     table: Annotated[bool, typer.Option("--table", help="The grid of formats and contexts, 1K to 128K.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw memory against context (.svg, .png).")] = None,
     emit: Annotated[
-        Literal["serve-config", "helm-values"] | None, typer.Option(help="Write the file that starts the first choice.")
+        Literal["serve-config", "helm-values"] | None,
+        typer.Option(metavar="FILE", help="Write the file that starts the first choice: serve-config or helm-values."),
     ] = None,
     weights: Annotated[
         str | None, typer.Option(help="Folder or repository of the weights, for --emit.", show_default=False)

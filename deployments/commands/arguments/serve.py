@@ -28,22 +28,25 @@ def serve(
     served_model_name: Annotated[str | None, typer.Option(help="Name clients ask for.", show_default=False)] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.", show_default=False)] = None,
     port: Annotated[
-        int | None, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.", show_default=False)
+        int | None,
+        typer.Option(metavar="N", min=0, max=65535, help="Port to listen on; 0 takes a free one.", show_default=False),
     ] = None,
     tensor_parallel_size: Annotated[
-        int | None, typer.Option(min=1, help="Ranks that share one copy of the model.", show_default=False)
+        int | None, typer.Option(metavar="N", min=1, help="Ranks that share one copy of the model.", show_default=False)
     ] = None,
-    replicas: Annotated[int | None, typer.Option(min=1, help="Copies of the model.", show_default=False)] = None,
+    replicas: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Copies of the model.", show_default=False)
+    ] = None,
     max_model_len: Annotated[
-        int | None, typer.Option(min=1, help="Longest prompt and answer, in tokens.", show_default=False)
+        int | None, typer.Option(metavar="N", min=1, help="Longest prompt and answer, in tokens.", show_default=False)
     ] = None,
     max_num_seqs: Annotated[
-        int | None, typer.Option(min=1, help="Requests computed at once.", show_default=False)
+        int | None, typer.Option(metavar="N", min=1, help="Requests computed at once.", show_default=False)
     ] = None,
     address: Annotated[
         str, typer.Option(help="Ray cluster to deploy to; 'local' starts one that ends with this command.")
     ] = "local",
-    verbose: Annotated[bool, typer.Option(help="Show the logs of Ray and of the replicas.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show the logs of Ray and of the replicas.")] = False,
 ) -> None:
     """Serve a model over HTTP with OpenAI's API. Options given here override the configuration file."""
     from deployments.commands.serve import ServeOverrides, run_serve

@@ -22,17 +22,22 @@ What all pods of the release have. Without app.kubernetes.io/name: KubeRay gives
 the Service of the head finds its pod.
 */}}
 {{- define "dibit.selector" -}}
-app.kubernetes.io/part-of: {{ include "dibit.name" . }}
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/part-of: {{ include "dibit.name" . | quote }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- end }}
 
 {{/* Of objects; not of pods, which another version of the chart alone would restart. */}}
 {{- define "dibit.labels" -}}
 helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
-app.kubernetes.io/name: {{ include "dibit.name" . }}
+app.kubernetes.io/name: {{ include "dibit.name" . | quote }}
 {{ include "dibit.selector" . }}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
 app.kubernetes.io/managed-by: {{ .Release.Service }}
+{{- end }}
+
+{{/* The same with more of them, which win: list of the root and the labels. */}}
+{{- define "dibit.labelsWith" -}}
+{{- toYaml (merge (deepCopy (index . 1)) (include "dibit.labels" (index . 0) | fromYaml)) }}
 {{- end }}
 
 {{- define "dibit.image" -}}
@@ -62,8 +67,13 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{/* {min, max} of a number or of bounds, as JSON. */}}
 {{- define "dibit.bounds" -}}
 {{- if kindIs "map" . -}}
-{{- if gt (int (dig "min" 1 .)) (int .max) -}}
-{{- fail (printf "bounds from %d to %d: min exceeds max" (int (dig "min" 1 .)) (int .max)) }}
+{{- $min := int (dig "min" 1 .) -}}
+{{- if gt $min (int .max) -}}
+{{- fail (printf "replicas, of a pool or the frontend, or frontend.workers: bounds from %d to %d: min exceeds max" $min (int .max)) }}
+{{- end -}}
+{{- $initial := kindIs "invalid" .initial | ternary $min .initial | int -}}
+{{- if or (lt $initial $min) (gt $initial (int .max)) -}}
+{{- fail (printf "replicas: bounds from %d to %d: initial (%d) is not within them" $min (int .max) $initial) }}
 {{- end -}}
 {{- dict "min" (int (dig "min" 1 .)) "max" (int .max) | toJson }}
 {{- else -}}
@@ -78,6 +88,37 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- else -}}
 0
 {{- end }}
+{{- end }}
+
+{{/* Refuse GPUs that are said in the wrong place, or not at all: the engines would wait for ever, or run on the CPU. */}}
+{{- define "dibit.checkGpus" -}}
+{{- $worker := .worker | default dict -}}
+{{- if and .accelerator_type (hasKey $worker "gpus") (not $worker.gpus) -}}
+{{- fail (printf "pools.%s: worker.gpus is 0, and accelerator_type %s asks for GPUs" .name .accelerator_type) -}}
+{{- else if and $worker.gpus (not .accelerator_type) -}}
+{{- fail (printf "pools.%s: worker.gpus is %d, and without accelerator_type the engines run on the CPU; name the GPU (H20, A100, ...)" .name (int $worker.gpus)) -}}
+{{- end -}}
+{{- $resource := $worker.gpuResource | default "nvidia.com/gpu" -}}
+{{- if or (hasKey (dig "resources" "limits" dict $worker) $resource) (hasKey (dig "resources" "requests" dict $worker) $resource) -}}
+{{- fail (printf "pools.%s: worker.resources has %s; worker.gpus says how many there are" .name $resource) -}}
+{{- end -}}
+{{- end }}
+
+{{/*
+Refuse what Kubernetes refuses, which would only be seen in KubeRay's events: list of the value's path, the key, the
+items, and what is taken.
+*/}}
+{{- define "dibit.checkOnce" -}}
+{{- $path := index . 0 -}}
+{{- $key := index . 1 -}}
+{{- $taken := index . 3 -}}
+{{- range index . 2 -}}
+{{- $one := get . $key | trimSuffix "/" -}}
+{{- if has $one $taken -}}
+{{- fail (printf "%s: %s %q is taken, by another or by the chart itself" $path $key (get . $key)) -}}
+{{- end -}}
+{{- $taken = append $taken $one -}}
+{{- end -}}
 {{- end }}
 
 {{/* Worker pods that so many engines of a pool need: list of the pool and the number. */}}
@@ -140,6 +181,7 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- fail (printf "pools: %q is taken, by another pool or by the group of pods that is called frontend" .name) }}
 {{- end -}}
 {{- $_ := set $names .name true -}}
+{{- include "dibit.checkGpus" . -}}
 {{- include "dibit.checkCpus" . -}}
 {{- $pool := omit . "worker" -}}
 {{- if eq (include "dibit.perPod" .) "0" -}}
@@ -159,6 +201,24 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- $_ := set $args "access" (dict "keys_file" (printf "/etc/dibit/keys/%s" .Values.apiKeys.key)) -}}
 {{- end -}}
 {{- toYaml (mergeOverwrite $args (deepCopy .Values.config)) }}
+{{- end }}
+
+{{/* Names of pools of different GPUs whose pods look for the same nodes, where either would take the other's. */}}
+{{- define "dibit.sameNodes" -}}
+{{- $seen := dict -}}
+{{- $same := list -}}
+{{- range .Values.pools -}}
+{{- if .accelerator_type -}}
+{{- $worker := .worker | default dict -}}
+{{- $place := list $worker.nodeSelector $worker.affinity $worker.gpuResource | toJson -}}
+{{- $other := get $seen $place -}}
+{{- if and $other (ne $other.accelerator_type .accelerator_type) -}}
+{{- $same = concat $same (list $other.name .name) -}}
+{{- end -}}
+{{- $_ := set $seen $place . -}}
+{{- end -}}
+{{- end -}}
+{{- $same | uniq | join " and " }}
 {{- end }}
 
 {{/* "true" if all pools are planned together. */}}

@@ -1,6 +1,6 @@
 {{/*
-The pod of a Ray node. A dictionary: root, component, container (its name), sharedMemory, ports, and of the group's
-values: resources, env, volumes, volumeMounts, nodeSelector, tolerations, affinity, topologySpreadConstraints,
+The pod of a Ray node. A dictionary: root, path (of the group's values), component, container (its name), sharedMemory,
+ports, and of the group's values: resources, env, volumes, volumeMounts, nodeSelector, tolerations, affinity, topologySpreadConstraints,
 priorityClassName, runtimeClassName, annotations.
 
 No probes stand here, so that KubeRay adds its own (initLivenessAndReadinessProbe in its pod.go): they ask Ray's agent
@@ -10,10 +10,43 @@ well meanwhile. It also adds the start command, the restart policy and a contain
 {{- define "dibit.pod" -}}
 {{- $root := .root -}}
 {{- $cache := $root.Values.model.cache -}}
+{{- $models := $cache.mountPath | trimSuffix "/" -}}
+{{- $folders := list "" "/tmp" "/home/dibit" "/dev/shm" "/etc/dibit/keys" -}}
+{{- include "dibit.checkOnce" (list "model.cache" "mountPath" (list $cache) $folders) -}}
+{{- include "dibit.checkOnce" (list (printf "%s.volumeMounts" .path) "mountPath" .volumeMounts (append $folders $models)) -}}
+{{- $volumes := list "tmp" "home" "shared-memory" "models" "api-keys" -}}
+{{- include "dibit.checkOnce" (list (printf "%s.volumes" .path) "name" .volumes $volumes) -}}
+{{- range .volumes -}}
+{{- $volumes = append $volumes .name -}}
+{{- end -}}
+{{- range .volumeMounts -}}
+{{- if not (has .name $volumes) -}}
+{{- fail (printf "%s.volumeMounts: there is no volume %q" $.path .name) -}}
+{{- end -}}
+{{- end -}}
+{{- include "dibit.checkOnce" (list (printf "%s.env" .path) "name" .env list) -}}
+{{- $own := dict "HOME" "/home/dibit" "RAY_USAGE_STATS_ENABLED" "0" "HF_HOME" (printf "%s/hub" $models) "TRITON_CACHE_DIR" "/tmp/triton" "NUMBA_CACHE_DIR" "/tmp/numba" -}}
+{{- with $root.Values.model.hub.endpoint -}}
+{{- $_ := set $own "HF_ENDPOINT" . -}}
+{{- end -}}
+{{- if $root.Values.frontend.haproxy -}}
+{{- /* Serve's controller, proxies and replicas all read it. Its files are below /tmp/haproxy-serve. */ -}}
+{{- $_ := set $own "RAY_SERVE_ENABLE_HA_PROXY" "1" -}}
+{{- end -}}
+{{- if ne .component "head" -}}
+{{- /* Ray's own is 30 s, whatever the pod is given. The rest is for processes to end. */ -}}
+{{- $_ := set $own "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S" (sub (int $root.Values.terminationGracePeriodSeconds) 15 | max 0 | toString) -}}
+{{- end -}}
+{{- /* A name may stand there once, and the group's own value wins. */ -}}
+{{- $given := dict -}}
+{{- range .env -}}
+{{- $_ := set $given .name true -}}
+{{- $_ := unset $own .name -}}
+{{- end -}}
 metadata:
   labels:
     {{- include "dibit.selector" $root | nindent 4 }}
-    app.kubernetes.io/component: {{ .component }}
+    app.kubernetes.io/component: {{ .component | quote }}
   {{- with .annotations }}
   annotations:
     {{- toYaml . | nindent 4 }}
@@ -23,7 +56,7 @@ spec:
   {{- if ne .component "head" }}
   automountServiceAccountToken: false
   {{- end }}
-  terminationGracePeriodSeconds: {{ $root.Values.terminationGracePeriodSeconds }}
+  terminationGracePeriodSeconds: {{ int $root.Values.terminationGracePeriodSeconds }}
   securityContext:
     {{- toYaml $root.Values.podSecurityContext | nindent 4 }}
   {{- with $root.Values.image.pullSecrets }}
@@ -64,22 +97,13 @@ spec:
       ports:
         {{- toYaml .ports | nindent 8 }}
       env:
-        - {name: HOME, value: /home/dibit}
-        - {name: RAY_USAGE_STATS_ENABLED, value: "0"}
-        - {name: HF_HOME, value: {{ $cache.mountPath }}/hub}
-        - {name: TRITON_CACHE_DIR, value: /tmp/triton}
-        - {name: NUMBA_CACHE_DIR, value: /tmp/numba}
-        {{- with $root.Values.model.hub.endpoint }}
-        - {name: HF_ENDPOINT, value: {{ . | quote }}}
+        {{- range $name, $value := $own }}
+        - {name: {{ $name }}, value: {{ $value | quote }}}
         {{- end }}
-        {{- with $root.Values.model.hub.tokenSecret }}
+        {{- if and $root.Values.model.hub.tokenSecret (not (hasKey $given "HF_TOKEN")) }}
         - name: HF_TOKEN
           valueFrom:
-            secretKeyRef: {name: {{ . }}, key: {{ $root.Values.model.hub.tokenKey }}}
-        {{- end }}
-        {{- if $root.Values.frontend.haproxy }}
-        # Serve's controller, proxies and replicas all read it. Its files are below /tmp/haproxy-serve.
-        - {name: RAY_SERVE_ENABLE_HA_PROXY, value: "1"}
+            secretKeyRef: {name: {{ $root.Values.model.hub.tokenSecret | quote }}, key: {{ $root.Values.model.hub.tokenKey | quote }}}
         {{- end }}
         {{- with .env }}
         {{- toYaml . | nindent 8 }}
@@ -90,7 +114,7 @@ spec:
         - {name: tmp, mountPath: /tmp}
         - {name: home, mountPath: /home/dibit}
         - {name: shared-memory, mountPath: /dev/shm}
-        - {name: models, mountPath: {{ $cache.mountPath }}, readOnly: {{ or $cache.readOnly (eq $cache.type "image") }}}
+        - {name: models, mountPath: {{ $models | quote }}, readOnly: {{ or $cache.readOnly (eq $cache.type "image") }}}
         {{- if $root.Values.apiKeys.secret }}
         - {name: api-keys, mountPath: /etc/dibit/keys, readOnly: true}
         {{- end }}
@@ -107,15 +131,15 @@ spec:
       persistentVolumeClaim:
         claimName: {{ $cache.pvc.existingClaim | default (printf "%s-models" (include "dibit.fullname" $root)) }}
       {{- else if eq $cache.type "hostPath" }}
-      hostPath: {path: {{ $cache.hostPath.path }}, type: DirectoryOrCreate}
+      hostPath: {path: {{ $cache.hostPath.path | quote }}, type: DirectoryOrCreate}
       {{- else if eq $cache.type "image" }}
-      image: {reference: {{ required "model.cache.image.reference is empty; model.cache.type image needs the image's name" $cache.image.reference }}, pullPolicy: IfNotPresent}
+      image: {reference: {{ required "model.cache.image.reference is empty; model.cache.type image needs the image's name" $cache.image.reference | quote }}, pullPolicy: IfNotPresent}
       {{- else }}
       emptyDir: {}
       {{- end }}
     {{- if $root.Values.apiKeys.secret }}
     - name: api-keys
-      secret: {secretName: {{ $root.Values.apiKeys.secret }}}
+      secret: {secretName: {{ $root.Values.apiKeys.secret | quote }}}
     {{- end }}
     {{- with .volumes }}
     {{- toYaml . | nindent 4 }}
