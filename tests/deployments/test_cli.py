@@ -68,7 +68,7 @@ def test_help_has_examples(command: str) -> None:
     assert f"dibit {command}" in shown.output
 
 
-@pytest.mark.parametrize("command", ["serve", "chat", "inspect", "env", "plan", "keys"])
+@pytest.mark.parametrize("command", ["serve", "chat", "generate", "quantize", "inspect", "env", "plan", "keys"])
 def test_help_names_every_option_in_full(command: str) -> None:
     shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "80"})
     assert "…" not in shown.output  # what rich puts where a column is too narrow

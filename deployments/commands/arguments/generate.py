@@ -16,18 +16,26 @@ dibit generate -p "One" -p "Two" --seed 7"""
 
 
 def generate(
-    model: Annotated[str, typer.Option(help="Model folder.")] = "examples/ernie-tiny/bf16",
+    model: Annotated[str, typer.Option(metavar="FOLDER", help="Model folder.")] = "examples/ernie-tiny/bf16",
     prompt: Annotated[
         list[str] | None,
         typer.Option(
-            "--prompt", "-p", help="Text to continue; may be repeated. Standard input otherwise.", show_default=False
+            "--prompt",
+            "-p",
+            metavar="TEXT",
+            help="Text to continue; may be repeated. Standard input otherwise.",
+            show_default=False,
         ),
     ] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="New tokens at most.")] = 128,
-    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 1.0,
-    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this total probability.")] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="Equal seeds give equal texts.", show_default=False)] = None,
-    tensor_parallel_size: Annotated[int, typer.Option(min=1, help="Ranks that share the model.")] = 1,
+    max_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="New tokens at most.")] = 128,
+    temperature: Annotated[float, typer.Option(metavar="N", min=0, help="0 is greedy.")] = 1.0,
+    top_p: Annotated[
+        float, typer.Option(metavar="N", help="Sample from the likeliest tokens of this total probability.")
+    ] = 1.0,
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", help="Equal seeds give equal texts.", show_default=False)
+    ] = None,
+    tensor_parallel_size: Annotated[int, typer.Option(metavar="N", min=1, help="Ranks that share the model.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a prompt and line.")] = False,
 ) -> None:
     """Continue prompts offline, without a server."""

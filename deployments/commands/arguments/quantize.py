@@ -28,7 +28,7 @@ is for every linear.
 
 A plan file gives each part of each layer a format:
 {"quantization": "dibit", "rules": \\[{"part": "attention", "format": "wint8"}, {"part": "mlp", "format": "wint8"},
-{"part": "experts", "format": "wint2", "row_order": "plain", "first_layer": 3, "last_layer": 53}, …]}"""
+{"part": "experts", "format": "wint2", "row_order": "plain", "first_layer": 3, "last_layer": 53}]}"""
 
 
 def quantize(
@@ -36,14 +36,17 @@ def quantize(
     out: Annotated[Path, typer.Option(help="Folder to write.", show_default=False)],
     method: Annotated[Literal["ccq", "bpdq", "gptq", "rtn"], typer.Option(help="Encoder; see below.")] = "ccq",
     bits: Annotated[
-        int | None, typer.Option(help="Bits a weight, scales not counted; 2 by default.", show_default=False)
+        int | None,
+        typer.Option(metavar="N", help="Bits a weight, scales not counted; 2 by default.", show_default=False),
     ] = None,
-    group_size: Annotated[int, typer.Option(help="Inputs that share scales (bpdq, gptq).")] = 64,
+    group_size: Annotated[int, typer.Option(metavar="N", help="Inputs that share scales (bpdq, gptq).")] = 64,
     nested: Annotated[bool, typer.Option("--nested", help="bpdq: 4 planes, readable as 2, 3 or 4.")] = False,
     dense: Annotated[
         Literal["wint8", "wint4", "bf16"], typer.Option(help="Format of all that is not a routed expert.")
     ] = "wint8",
-    wint4_layers: Annotated[int, typer.Option(min=0, help="First MoE layers, whose experts get 4 bits.")] = 1,
+    wint4_layers: Annotated[
+        int, typer.Option(metavar="N", min=0, help="First MoE layers, whose experts get 4 bits.")
+    ] = 1,
     row_order: Annotated[
         Literal["plain", "permuted"], typer.Option(help="ccq: rows for FastDeploy 2.0 (plain), or 2.1 and later.")
     ] = "plain",
@@ -52,54 +55,50 @@ def quantize(
     ] = "tensor",
     effort: Annotated[Literal["fast", "default", "best"], typer.Option(help="How hard to search.")] = "default",
     quantization_config: Annotated[
-        Path | None, typer.Option(help="Plan file: a format for each part of each layer.", show_default=False)
+        Path | None,
+        typer.Option(metavar="FILE", help="Plan file: a format for each part of each layer.", show_default=False),
     ] = None,
     calibration: Annotated[
         list[Path] | None,
         typer.Option(
+            metavar="FILE",
             help="UTF-8 text, or .jsonl with a field 'text'; may be repeated. Python's standard library otherwise.",
             show_default=False,
         ),
     ] = None,
     calibration_exclude: Annotated[
         list[str] | None,
-        typer.Option(help="Pattern of files to leave out, such as those of an evaluation.", show_default=False),
+        typer.Option(
+            metavar="GLOB", help="Pattern of files to leave out, such as those of an evaluation.", show_default=False
+        ),
     ] = None,
     no_calibration: Annotated[
         bool, typer.Option("--no-calibration", help="Take no text: every input of a matrix counts alike.")
     ] = False,
-    num_samples: Annotated[int, typer.Option(min=1, help="Sequences of calibration text.")] = 128,
+    num_samples: Annotated[int, typer.Option(metavar="N", min=1, help="Sequences of calibration text.")] = 128,
     sequence_length: Annotated[
-        int | None, typer.Option(min=2, help="Tokens in each; 2048 by default.", show_default=False)
+        int | None, typer.Option(metavar="N", min=2, help="Tokens in each; 2048 by default.", show_default=False)
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the choice among the calibration text.")] = 0,
-    per_expert_inputs: Annotated[
+    seed: Annotated[int, typer.Option(metavar="N", help="Of the choice among the calibration text.")] = 0,
+    shared_inputs: Annotated[
         bool,
-        typer.Option(
-            "--per-expert-inputs/--shared-inputs",
-            help="Statistics for the first projections of experts: of each one's own tokens, or of all tokens.",
-        ),
-    ] = True,
-    weight_by_routing: Annotated[
+        typer.Option("--shared-inputs", help="Fit experts' first projections to all tokens, not to each one's own."),
+    ] = False,
+    weight_equally: Annotated[
         bool,
-        typer.Option(
-            "--weight-by-routing/--weight-equally",
-            help="Tokens of an expert count by their routing weights, as their errors do, or alike.",
-        ),
-    ] = True,
-    match_original: Annotated[
+        typer.Option("--weight-equally", help="Tokens of an expert count alike, not by their routing weights."),
+    ] = False,
+    match_weights: Annotated[
         bool,
-        typer.Option(
-            "--match-original/--match-weights",
-            help="Fit to what the original model puts out at the same place, or to its weights.",
-        ),
-    ] = True,
+        typer.Option("--match-weights", help="Fit to the original's weights, not to what it puts out at each place."),
+    ] = False,
     rotate: Annotated[
         bool, typer.Option("--rotate", help="Write the model in a random basis of its residual stream.")
     ] = False,
     trusted_tokens: Annotated[
         int | None,
         typer.Option(
+            metavar="N",
             min=0,
             help="An expert with fewer tokens leans on the layer's others; by default as many as its inputs.",
             show_default=False,
@@ -108,9 +107,13 @@ def quantize(
     activations: Annotated[
         Literal["auto", "memory", "disk"], typer.Option(help="Where the tokens wait between layers.")
     ] = "auto",
-    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens that go through a layer at once.")] = 8192,
+    batch_tokens: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Tokens that go through a layer at once.")
+    ] = 8192,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")] = "auto",
-    num_threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default=False)] = None,
+    num_threads: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="CPU threads.", show_default=False)
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run.")] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace OUT; throw away an unfinished run unless it is resumed.")
@@ -138,9 +141,9 @@ def quantize(
         num_samples=num_samples,
         sequence_length=sequence_length,
         seed=seed,
-        per_expert_inputs=per_expert_inputs,
-        weight_by_routing=weight_by_routing,
-        match_original=match_original,
+        per_expert_inputs=not shared_inputs,
+        weight_by_routing=not weight_equally,
+        match_original=not match_weights,
         rotate=rotate,
         trusted_tokens=trusted_tokens,
         activations=activations,
