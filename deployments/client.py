@@ -7,7 +7,7 @@ import logging
 import random
 import time
 import uuid
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -55,7 +55,7 @@ class EngineClient:
         options: ClientOptions,
         *,
         observer: Observer | None = None,
-        engines: type[Engines] = Engines,
+        engines: Callable[..., Engines] = Engines,
     ) -> None:
         """Make the client; :meth:`start` finds the engines.
 
@@ -63,7 +63,7 @@ class EngineClient:
             pools: handles of the pools' deployments, by the name of the pool.
             options: what is served, and how.
             observer: hears of requests and loads.
-            engines: how engines are found and kept.
+            engines: makes what finds and keeps them.
         """
         self._handles = dict(pools)
         self._options = options
@@ -164,7 +164,10 @@ class EngineClient:
         return self._engines.states()
 
     async def close(self) -> None:
-        """Abort what is under way and close the streams; called when the ingress replica shuts down."""
+        """Close the streams, which aborts what is under way; called when the ingress replica shuts down.
+
+        Serve does so once the last request is over. Those that take longer than its patience end with the process.
+        """
         self._refusals.close()
         await self._engines.close()
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import time
 import uuid
 from collections.abc import Callable
 from typing import Any
 
-import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 from ray.serve.handle import DeploymentHandle
 
+from deployments.actors import Actors
 from deployments.directory import EngineAddress
 from deployments.lease import open_lease
 from deployments.mailbox import Inbox, Item
@@ -41,9 +40,6 @@ UNREACHABLE_S = 15.0
 
 LOOK_TWICE_S = 0.5
 
-Lease = asyncio.Task[None] | asyncio.TimerHandle
-"""A lease, or the timer that will open it."""
-
 
 class EngineConnection:
     """The stream from an engine, and the requests under way on it.
@@ -58,6 +54,7 @@ class EngineConnection:
         address: EngineAddress,
         leases: DeploymentHandle[Any],
         *,
+        actors: Actors,
         ingress_id: str,
         on_item: Callable[[EngineConnection, Item], None],
         suspect: bool = False,
@@ -67,12 +64,14 @@ class EngineConnection:
         Args:
             address: where the engine is.
             leases: handle of ``EngineReplica.lease``.
+            actors: where the engine's shard is found.
             ingress_id: name of this ingress process.
             on_item: called with all that is heard, before the requests get their tokens.
             suspect: the engine made no progress when it was last seen. It has to show some to be used: the first item
                 of a stream says nothing about that, the second does.
         """
         self.address = address
+        self._actors = actors
         self._on_item = on_item
         self.retired = False
         """Set when Serve has taken the replica out: it finishes what it has and gets nothing new."""
@@ -85,12 +84,13 @@ class EngineConnection:
         self._ingress_id = f"{ingress_id}-{uuid.uuid4().hex[:8]}"
         self._shard: ActorHandle[Any] | None = None
         self._load: EngineLoad | None = None
-        self._heard_at = time.monotonic()
+        self._loop = asyncio.get_running_loop()
+        self._heard_at = self._loop.time()
         self._items_needed = 2 if suspect else 1
         self._failure: EngineDeadError | None = None
         self._failed = asyncio.Event()
         self._requests = Demultiplexer(self._note)
-        self._lease: Lease | None = None
+        self._lease: asyncio.Task[None] | asyncio.TimerHandle | None = None  # or what will open it
         self._request_leases: dict[str, asyncio.TimerHandle] = {}  # those not opened yet, by request id
         self._to_submit: list[EngineRequest] = []
         self._to_abort: list[str] = []
@@ -115,7 +115,7 @@ class EngineConnection:
     @property
     def silent_s(self) -> float:
         """Seconds since the engine was last heard."""
-        return time.monotonic() - self._heard_at
+        return self._loop.time() - self._heard_at
 
     async def run(self) -> None:
         """Read the engine's stream until it ends; then every request under way gets an :class:`EngineDeadError`."""
@@ -160,8 +160,7 @@ class EngineConnection:
     async def _read(self) -> str:
         """Pass the stream on; why it ended, in words."""
         try:
-            # A blocking call to Ray's directory of actors, so not on the event loop.
-            shard = await asyncio.to_thread(ray.get_actor, self.address.actor_name, self.address.namespace)
+            shard = await self._actors.find(self.address.actor_name, self.address.namespace)
         except ValueError as error:  # no actor of that name
             return f"is gone: {error}"
         self._shard = shard
@@ -178,7 +177,7 @@ class EngineConnection:
             return f"failed: {_first_line(error)}"
         finally:
             for call in (stream, tether):
-                ray.cancel(call)
+                self._actors.cancel(call)
         return "closed its stream"
 
     async def _watch(self) -> str:
@@ -205,7 +204,7 @@ class EngineConnection:
     def _note(self, item: Item) -> None:
         self._items_needed -= 1
         self._load = item.load
-        self._heard_at = time.monotonic()
+        self._heard_at = self._loop.time()
         self._on_item(self, item)
 
     def _schedule_flush(self) -> None:
@@ -213,7 +212,7 @@ class EngineConnection:
             self._flushing = True
             # In an empty context: these calls carry the requests of many HTTP clients, and Ray cancels every actor call
             # made in the context of a client that leaves (ray issue 52476).
-            asyncio.get_running_loop().call_soon(self._flush, context=contextvars.Context())
+            self._loop.call_soon(self._flush, context=contextvars.Context())
 
     def _flush(self) -> None:
         self._flushing = False
@@ -232,14 +231,13 @@ class EngineConnection:
         if aborted:
             self._call(self._shard.abort.remote(aborted))
         self._plan_lease()
-        loop = asyncio.get_running_loop()
         for request in submitted:
-            timer = loop.call_later(REQUEST_LEASE_AFTER_S, self._open_request_lease, request.request_id)
+            timer = self._loop.call_later(REQUEST_LEASE_AFTER_S, self._open_request_lease, request.request_id)
             self._request_leases[request.request_id] = timer
 
     def _plan_lease(self) -> None:
         if self._lease is None and self._failure is None and len(self._requests):
-            self._lease = asyncio.get_running_loop().call_later(LEASE_AFTER_S, self._open_lease)
+            self._lease = self._loop.call_later(LEASE_AFTER_S, self._open_lease)
 
     def _open_lease(self) -> None:
         self._lease = None
@@ -262,7 +260,7 @@ class EngineConnection:
         return self._keep(lease)
 
     def _call(self, reply: Any) -> asyncio.Task[None]:
-        return self._keep(asyncio.get_running_loop().create_task(self._expect(reply)))
+        return self._keep(self._loop.create_task(self._expect(reply)))
 
     def _keep(self, task: asyncio.Task[None]) -> asyncio.Task[None]:
         self._calls.add(task)

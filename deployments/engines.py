@@ -12,6 +12,7 @@ from typing import Any
 
 from ray.serve.handle import DeploymentHandle
 
+from deployments.actors import Actors
 from deployments.connection import EngineConnection
 from deployments.directory import EngineAddress, PoolInfo, ReplicaDirectory
 from deployments.mailbox import Item
@@ -61,6 +62,7 @@ class Engines:
         router: Router,
         room: WaitingRoom,
         observer: Observer,
+        actors: Actors | None = None,
     ) -> None:
         """Know of no engine; :meth:`start` finds them.
 
@@ -72,6 +74,7 @@ class Engines:
             router: gets to know the engines, and their loads.
             room: hears when one comes up, and when the last has gone.
             observer: hears of the loads.
+            actors: where the engines' shards are found; None: through Ray.
         """
         self.ingress_id = ingress_id
         self.first_ready = asyncio.Event()
@@ -82,6 +85,7 @@ class Engines:
         self._router = router
         self._room = room
         self._observer = observer
+        self._actors = actors or Actors()
         self._max_model_lens = {pool.name: pool.max_model_len for pool in pools}
         self._connections: dict[str, EngineConnection] = {}  # by replica id
         self._routed: dict[str, EngineConnection] = {}  # those that the router knows, by replica id
@@ -106,6 +110,7 @@ class Engines:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        self._actors.close()
 
     def __iter__(self) -> Iterator[EngineConnection]:
         """All connections, those not heard yet and those that drain among them."""
@@ -165,9 +170,11 @@ class Engines:
         for connection in self._connections.values():
             if connection.address.pool == pool:
                 connection.retired = connection.address.replica_id not in self._listed[pool]
+                self._note_presence(connection)
         self._note_absence()
         for engine in wanted:
-            if engine.replica_id not in self._tasks:
+            task = self._tasks.get(engine.replica_id)
+            if task is None or task.done():
                 task = asyncio.get_running_loop().create_task(self._stay_connected(engine))
                 self._tasks[engine.replica_id] = task
                 task.add_done_callback(partial(self._forget, engine.replica_id))
@@ -178,7 +185,12 @@ class Engines:
         suspect = False
         while engine.replica_id in self._listed[engine.pool]:
             connection = EngineConnection(
-                engine, leases, ingress_id=self.ingress_id, on_item=self._heard, suspect=suspect
+                engine,
+                leases,
+                actors=self._actors,
+                ingress_id=self.ingress_id,
+                on_item=self._heard,
+                suspect=suspect,
             )
             self._connections[engine.replica_id] = connection
             try:
@@ -205,17 +217,23 @@ class Engines:
             address.replica_id, item.load, cached=item.cached, evicted=item.evicted, now=time.monotonic()
         )
         self._observer.loaded(address, item.load)
-        if connection.ready and not connection.came_up:
+        self._note_presence(connection)
+
+    def _note_presence(self, connection: EngineConnection) -> None:
+        if connection.retired:
+            connection.came_up = False  # it comes anew if Serve lists it again
+        elif connection.ready and not connection.came_up:
             connection.came_up = True
             self.first_ready.set()
-            self._room.engine_came(address.start_seconds)
+            self._room.engine_came(connection.address.start_seconds)
 
     def _note_absence(self) -> None:
         if not any(connection.ready for connection in self._connections.values()):
             self._room.engines_gone()
 
-    def _forget(self, replica_id: str, _: asyncio.Task[None]) -> None:
-        del self._tasks[replica_id]
+    def _forget(self, replica_id: str, task: asyncio.Task[None]) -> None:
+        if self._tasks[replica_id] is task:  # else Serve lists the replica again since the task has ended
+            del self._tasks[replica_id]
 
 
 async def _subscribe(handle: DeploymentHandle[Any], directory: ReplicaDirectory) -> None:

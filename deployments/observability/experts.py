@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable
-from typing import Any
 
-import ray
 from ray.exceptions import RayError
 
+from deployments.actors import Actors
 from deployments.directory import EngineAddress
 
 logger = logging.getLogger(__name__)
@@ -37,7 +36,7 @@ class ExpertLoads:
     """
 
     def __init__(self, ask: Ask | None = None) -> None:
-        self._ask = ask or _ask_shard
+        self._ask = ask or _Shards()
         self._pools: dict[str, Layers] = {}
         self._last: dict[str, Layers] = {}  # by replica id, the one asked last at the end
         self._silent: set[str] = set()
@@ -79,8 +78,13 @@ class ExpertLoads:
         self._last[engine.replica_id] = layers
 
 
-async def _ask_shard(engine: EngineAddress) -> Layers | None:
-    # A blocking call to Ray's directory of actors, so not on the event loop.
-    shard: Any = await asyncio.to_thread(ray.get_actor, engine.actor_name, engine.namespace)
-    layers: Layers | None = await shard.expert_load.remote()
-    return layers
+class _Shards:
+    """Asks the engines' shards 0."""
+
+    def __init__(self) -> None:
+        self._actors = Actors()
+
+    async def __call__(self, engine: EngineAddress) -> Layers | None:
+        shard = await self._actors.find(engine.actor_name, engine.namespace)
+        layers: Layers | None = await shard.expert_load.remote()
+        return layers

@@ -4,164 +4,60 @@ actor with an event loop."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+import threading
+import time
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ray.exceptions import GetTimeoutError, RayError
 
-from deployments import connection as module
+from deployments.actors import LOOKUPS_AT_ONCE, Actors
 from deployments.config import FailoverConfig
-from deployments.connection import EngineConnection
-from deployments.directory import EngineAddress, PoolInfo
+from deployments.connection import LEASE_AFTER_S, REQUEST_LEASE_AFTER_S, EngineConnection
+from deployments.directory import PoolInfo
 from deployments.engines import Engines
 from deployments.observer import Observer
-from deployments.routing import Replica, Router, RoutingOptions
-from deployments.shard import Shard
-from deployments.token_stream import Fanout
+from deployments.routing import Router, RoutingOptions
 from deployments.waiting_room import WaitingRoom
-from engine.config import EngineConfig
-from engine.errors import EngineDeadError
-from engine.messages import EngineLoad, EngineRequest
+from engine.messages import EngineRequest
 from engine.sampling_params import SamplingParams
-
-LOAD = EngineLoad(0, 0, 0, 100, 100, steps=1, step_seconds=0.01)
-ADDRESS = EngineAddress(
-    spec=Replica("e", "cpu", 64, 16, 100, 8, 64),
-    model_path="",
-    identity="",
-    actor_name="shard",
-    namespace="",
-    stalled_after_s=60,
-    start_seconds=1.0,
-)
+from tests.deployments.simulated.clock import settle, simulate
+from tests.deployments.simulated.cluster import POOL, address
+from tests.deployments.simulated.handle import Handle
+from tests.deployments.simulated.wire import Network, Wire
 
 
 def request(number: int) -> EngineRequest:
     return EngineRequest(f"r{number}", [1, 2, 3], SamplingParams(seed=0), 20)
 
 
-class Running:
-    """What a shard needs of its engine; knows which requests it has."""
-
-    def __init__(self) -> None:
-        self.ids: set[str] = set()
-
-    def submit(self, requests: list[EngineRequest]) -> None:
-        self.ids |= {one.request_id for one in requests}
-
-    def abort(self, request_ids: list[str]) -> None:
-        self.ids -= set(request_ids)
-
-
-class Stream:
-    """A streaming call: items as something to await."""
-
-    def __init__(self, items: AsyncIterator[bytes]) -> None:
-        self._items = items
-        self._next: asyncio.Future[bytes] | None = None
-
-    def __aiter__(self) -> Stream:
-        return self
-
-    async def __anext__(self) -> Awaitable[bytes]:
-        self._next = asyncio.ensure_future(anext(self._items))  # type: ignore[arg-type]  # a coroutine, as it happens
-        await asyncio.wait([self._next])
-        if self._next.cancelled():
-            raise StopAsyncIteration
-        return self._next
-
-    def cancel(self) -> None:
-        if self._next is not None:
-            self._next.cancel()
-
-
-class Method:
-    """A method of the actor: a call waits until the test lets it arrive, or begins at once."""
-
-    def __init__(self, call: Callable[..., Any]) -> None:
-        self._call = call
-
-    def options(self, **_: Any) -> Method:
-        return self
-
-    def remote(self, *args: Any) -> Any:
-        return self._call(*args)
-
-
-class Leases:
-    """Serve's handle for leases; these last."""
-
-    def __init__(self) -> None:
-        self.opened: list[str] = []
-
-    def remote(self, name: str, *, replica_id: str) -> asyncio.Future[None]:
-        self.opened.append(name)
-        return asyncio.get_running_loop().create_future()
-
-
-class Wire:
-    """Ray, as far as a connection uses it, with one real shard at the other end. Calls arrive when the test says so."""
-
-    def __init__(self) -> None:
-        self.engine = Running()
-        self.leases = Leases()
-        self.shard = Shard(EngineConfig(model=""), rank=0)
-        self.fanout = Fanout(asyncio.get_running_loop(), LOAD)
-        self.shard._engine, self.shard._fanout = self.engine, self.fanout  # type: ignore[assignment]  # a stand-in
-        self.under_way: list[tuple[Callable[[], Awaitable[None]], asyncio.Future[None]]] = []
-        self.submit = Method(lambda *args: self._call(lambda: self.shard.submit(*args)))
-        self.abort = Method(lambda *args: self._call(lambda: self.shard.abort(*args)))
-        self.tether = Method(asyncio.get_running_loop().create_future)
-        self.stream = Method(lambda *args: Stream(self.shard.stream(*args)))
-
-    def get_actor(self, name: str, namespace: str) -> Wire:
-        return self
-
-    def cancel(self, call: Any) -> None:
-        call.cancel()
-
-    def _call(self, arrive: Callable[[], Awaitable[None]]) -> asyncio.Future[None]:
-        reply: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.under_way.append((arrive, reply))
-        return reply
-
-    async def deliver(self, number: int) -> None:
-        """Let one of the calls under way arrive, and its reply come back."""
-        arrive, reply = self.under_way.pop(number % len(self.under_way))
-        try:
-            await arrive()
-        except EngineDeadError as error:
-            reply.set_exception(RayError(str(error)))
-        else:
-            reply.set_result(None)
+@asynccontextmanager
+async def connected(wire: Wire, leases: Any = None) -> AsyncIterator[EngineConnection]:
+    """A connection that has heard its engine, and that is left in the end."""
+    network = Network()
+    network.wires["e"] = wire
+    heard = asyncio.Event()
+    connection = EngineConnection(
+        address("e"), leases or Handle(), actors=network, ingress_id="i", on_item=lambda *_: heard.set()
+    )
+    reading = asyncio.ensure_future(connection.run())
+    try:
+        await heard.wait()
+        yield connection
+    finally:
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
         await settle()
 
 
-async def settle() -> None:
-    for _ in range(5):
-        await asyncio.sleep(0)
-
-
-@asynccontextmanager
-async def connected(wire: Wire) -> AsyncIterator[EngineConnection]:
-    """A connection that has heard its engine, and that is left in the end."""
-    heard = asyncio.Event()
-    leases: Any = wire.leases
-    connection = EngineConnection(ADDRESS, leases, ingress_id="i", on_item=lambda *_: heard.set())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "ray", wire)
-        reading = asyncio.ensure_future(connection.run())
-        try:
-            await asyncio.wait_for(heard.wait(), 10)
-            yield connection
-        finally:
-            reading.cancel()
-            await asyncio.gather(reading, return_exceptions=True)
-            await settle()
+async def all_arrives(wire: Wire) -> None:
+    """The last call first."""
+    while wire.under_way:
+        await wire.deliver(-1)
+        await settle()
 
 
 @given(st.lists(st.tuples(st.sampled_from(["submit", "finish", "deliver", "turn"]), st.integers(0, 50)), max_size=40))
@@ -184,13 +80,13 @@ def test_an_engine_has_what_its_ingress_wants_of_it_and_nothing_else(script: lis
                 elif what == "turn":
                     await settle()
             await settle()
-            while wire.under_way:
-                await wire.deliver(-1)
+            await all_arrives(wire)
             assert wire.engine.ids == set(wanted)
             assert set(wire.fanout.under_way([f"r{number}" for number in range(len(script))])) == set(wanted)
+        await all_arrives(wire)
         assert wire.engine.ids == set()
 
-    asyncio.run(run())
+    simulate(run())
 
 
 def test_a_call_of_a_connection_that_was_left_begins_nothing_on_the_next() -> None:
@@ -201,74 +97,133 @@ def test_a_call_of_a_connection_that_was_left_begins_nothing_on_the_next() -> No
         async with connected(wire) as connection:
             connection.submit(request(1))
             await settle()
+        late = wire.under_way.pop(0)
+        await all_arrives(wire)
         async with connected(wire) as connection:
-            await wire.deliver(0)
+            wire.under_way.append(late)
+            await all_arrives(wire)
             assert wire.engine.ids == set()
-        async with connected(wire) as connection:
             connection.submit(request(2))
             await settle()
-            await wire.deliver(0)
+            await all_arrives(wire)
             assert wire.engine.ids == {"r2"}
+        await all_arrives(wire)
         assert wire.engine.ids == set()
 
-    asyncio.run(run())
+    simulate(run())
 
 
 @pytest.mark.parametrize("ends", [False, True], ids=["under way", "lost"])
-def test_no_lease_is_opened_for_a_lost_engine(monkeypatch: pytest.MonkeyPatch, ends: bool) -> None:
+def test_no_lease_is_opened_for_a_lost_engine(ends: bool) -> None:
     """It would go to another replica, or make Serve start one. The request is not over: its client reads slowly."""
-    for pause in ("LEASE_AFTER_S", "REQUEST_LEASE_AFTER_S"):
-        monkeypatch.setattr(module, pause, 0.01)
 
     async def run() -> None:
-        wire = Wire()
-        async with connected(wire) as connection:
+        leases = Handle()
+        async with connected(Wire(), leases) as connection:
             connection.submit(request(1))
             await settle()
             if not ends:
-                await asyncio.sleep(0.05)
-        await asyncio.sleep(0.05)
-        assert len(wire.leases.opened) == (0 if ends else 2), wire.leases.opened
+                await asyncio.sleep(LEASE_AFTER_S + REQUEST_LEASE_AFTER_S)
+        await asyncio.sleep(LEASE_AFTER_S + REQUEST_LEASE_AFTER_S)
+        assert len(leases.leases) == (0 if ends else 2)
 
-    asyncio.run(run())
-
-
-class Handle:
-    """Serve's handle of a pool, of which nothing is asked here."""
-
-    def options(self, **_: Any) -> Handle:
-        return self
+    simulate(run())
 
 
-class Restarting(Wire):
-    """Ray whose head node is away for the first calls: the directory of actors does not say no, it does not answer."""
+def engines_of(actors: Actors, room: WaitingRoom | None = None) -> Engines:
+    return Engines(
+        {POOL: Handle()},  # type: ignore[dict-item]  # stands in for Serve's
+        [PoolInfo(POOL, 64, on_demand=False)],
+        identity=None,
+        ingress_id="i",
+        router=Router(RoutingOptions(), seed=0),
+        room=WaitingRoom(FailoverConfig()) if room is None else room,
+        observer=Observer(),
+        actors=actors,
+    )
 
-    unanswered = 2
 
-    def get_actor(self, name: str, namespace: str) -> Wire:
-        if self.unanswered:
-            self.unanswered -= 1
-            raise GetTimeoutError("probably because the GCS server is dead or under high load")
-        return self
-
-
-def test_an_engine_is_connected_to_again_whatever_went_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deployments.engines.RECONNECT_S", 0.0)
+def test_an_engine_is_connected_to_again_whatever_went_wrong() -> None:
+    """Ray's head node is away at first: its directory of actors does not say no, it does not answer."""
 
     async def run() -> None:
-        monkeypatch.setattr(module, "ray", Restarting())
-        engines = Engines(
-            {"cpu": Handle()},  # type: ignore[dict-item]  # stands in for Serve's
-            [PoolInfo("cpu", 64, on_demand=False)],
-            identity=None,
-            ingress_id="i",
-            router=Router(RoutingOptions(), seed=0),
-            room=WaitingRoom(FailoverConfig()),
-            observer=Observer(),
-        )
-        engines.update("cpu", [ADDRESS])
+        network = Network()
+        network.wires["e"] = Wire()
+        network.head_is_away = True
+        engines = engines_of(network)
+        engines.update(POOL, [address("e")])
+        await asyncio.sleep(10)
+        assert not engines.first_ready.is_set()
+        network.head_is_away = False
         await asyncio.wait_for(engines.first_ready.wait(), 5)
         await engines.close()
+
+    simulate(run())
+
+
+@pytest.mark.parametrize("turns", range(5))
+def test_an_engine_that_is_listed_again_is_connected_to_again(turns: int) -> None:
+    """In whichever turn of the event loop since the connection ended. It would not be until Serve's next news."""
+
+    async def run() -> None:
+        network = Network()
+        wire = network.wires["e"] = Wire()
+        engines = engines_of(network)
+        engines.update(POOL, [address("e")])
+        await engines.first_ready.wait()
+        engines.update(POOL, [])
+        wire.die()
+        while list(engines):
+            await asyncio.sleep(0)
+        network.wires["e"] = Wire()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        engines.update(POOL, [address("e")])
+        await asyncio.sleep(1)
+        assert [connection.ready for connection in engines] == [True]
+        await engines.close()
+
+    simulate(run())
+
+
+def test_who_waits_is_told_of_a_draining_engine_that_is_listed_again() -> None:
+    async def run() -> None:
+        network = Network()
+        network.wires["e"] = Wire()
+        room = WaitingRoom(FailoverConfig())
+        engines = engines_of(network, room)
+        engines.update(POOL, [address("e")])
+        await engines.first_ready.wait()
+        engines.update(POOL, [])
+        waiting = asyncio.ensure_future(room.wait(since=time.monotonic(), admitted=True))
         await settle()
+        assert not waiting.done()
+        engines.update(POOL, [address("e")])
+        await settle()
+        assert waiting.done()
+        await engines.close()
+
+    simulate(run())
+
+
+def test_other_threads_are_free_while_the_directory_of_actors_does_not_answer() -> None:
+    """Some lost engines, and a head node that is away: prompts are still tokenized."""
+    answers = threading.Event()
+
+    class Silent(Actors):
+        def _look_up(self, name: str, namespace: str) -> Any:
+            answers.wait(20)
+            raise ValueError("no actor")
+
+    async def run() -> None:
+        engines = engines_of(Silent())
+        engines.update(POOL, [address(f"e{number}") for number in range(64)])
+        try:
+            await asyncio.sleep(0)
+            await asyncio.wait_for(asyncio.to_thread(len, "prompt"), 5)
+            assert sum(thread.name.startswith("actors") for thread in threading.enumerate()) <= LOOKUPS_AT_ONCE
+        finally:
+            answers.set()
+            await engines.close()
 
     asyncio.run(run())

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Self
+from typing import Any, Self
 
-from pydantic import BaseModel, Field, StrictBool, StrictStr, model_validator
+from pydantic import BaseModel, StrictBool, StrictStr, model_validator
 
-from deployments.openai.fields import at_most
-from deployments.openai.requests.messages import MAX_MESSAGES, Message
+from deployments.openai.requests.messages import Messages
 from deployments.openai.tools import Tools
 from engine.errors import RequestError
 
@@ -17,7 +16,7 @@ _TEMPLATE_ARGUMENTS = {"self", "messages", "special_names", "add_generation_prom
 class Conversation(BaseModel):
     """Messages, and what the chat template is to make of them."""
 
-    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True), at_most(MAX_MESSAGES)]
+    messages: Messages
     tools: Tools | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: StrictBool | None = None

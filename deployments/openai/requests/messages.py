@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, StrictStr, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, StrictStr, model_validator
 
 from deployments.openai.fields import at_most
 
@@ -15,6 +15,9 @@ MAX_CONTENT_PARTS = 1024
 """Pieces of text in one message."""
 
 MAX_CALLS_PER_MESSAGE = 128
+
+MAX_PIECES = 16384
+"""Content parts and tool calls of all messages together."""
 
 
 def _text_part(part: Any) -> Any:
@@ -87,3 +90,23 @@ class Message(BaseModel):
         found["role"] = "system" if self.role == "developer" else self.role
         found["content"] = found.get("content")
         return found
+
+
+def _pieces_within_bounds(messages: Any) -> Any:
+    """Count the pieces before they are looked at: each costs microseconds, in which no stream of others goes on."""
+    if isinstance(messages, list):
+        turns = [turn for turn in messages if isinstance(turn, dict)]
+        lists = [found for turn in turns for found in (turn.get("content"), turn.get("tool_calls"))]
+        pieces = sum(len(found) for found in lists if isinstance(found, list))
+        if pieces > MAX_PIECES:
+            raise ValueError(f"has {pieces} content parts and tool calls; at most {MAX_PIECES} are allowed")
+    return messages
+
+
+Messages = Annotated[
+    list[Message],
+    Field(min_length=1, fail_fast=True),
+    BeforeValidator(_pieces_within_bounds),
+    at_most(MAX_MESSAGES),
+]
+"""Of a conversation. Its length is looked at first, its pieces are counted next."""
