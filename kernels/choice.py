@@ -66,6 +66,21 @@ class Choice:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class LaunchSizes:
+    """Steps of these sizes launch every specialisation of a kernel that steps of any size launch.
+
+    Attributes:
+        tokens: of a step, ascending, and of its rows of logits: steps of each, whoever's the tokens are.
+        contexts: of a single request that decodes, ascending.
+        queries: of a request, more than are decoded: a step in which somebody has so many, if there can be one.
+    """
+
+    tokens: tuple[int, ...]
+    contexts: tuple[int, ...]
+    queries: int
+
+
 def backend(device: torch.device) -> Backend:
     """The kernels for `device`."""
     if device.type == "cpu":
@@ -85,6 +100,30 @@ def why_not_captured(device: torch.device) -> str | None:
     """Why steps on `device` can't be captured as CUDA graphs; None if they can."""
     chosen = backend(device)
     return None if chosen.name == "gpu" else f"the {chosen.name} kernels run, as {chosen.reason}"
+
+
+def launch_sizes(
+    device: torch.device, *, max_tokens: int, max_context: int, top_k: int = 0, experts: int = 0
+) -> LaunchSizes | None:
+    """Sizes of steps that launch all that steps within these bounds do; None where kernels are not compiled by size.
+
+    The same for all GPUs.
+
+    Args:
+        device: compute device.
+        max_tokens: of a step.
+        max_context: tokens of the longest context.
+        top_k: experts a token, if the model has any.
+        experts: of a layer.
+    """
+    if backend(device).name != "gpu":
+        return None
+    sizes = importlib.import_module("kernels.gpu.sizes")
+    return LaunchSizes(
+        sizes.token_counts(max_tokens, top_k=top_k, experts=experts),
+        sizes.context_lens(max_context),
+        sizes.MANY_QUERIES,
+    )
 
 
 def describe(device: torch.device) -> list[Choice]:

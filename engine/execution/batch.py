@@ -98,21 +98,47 @@ def sampled_rows(scheduled: Sequence[ScheduledRequest]) -> tuple[list[int], list
 def dummy_step(num_tokens: int, num_seqs: int, block_size: int) -> StepInput:
     """The largest step an engine may take, to find how much memory one needs: tokens spread over all sequences.
 
-    Uses blocks 0 ... R * max_blocks - 1.
+    Uses blocks 0 ... R * max_blocks - 1, and wants logits of the last token of each sequence.
     """
     num_seqs = min(num_seqs, num_tokens)
     counts = np.full(num_seqs, num_tokens // num_seqs) + (np.arange(num_seqs) < num_tokens % num_seqs)  # [R]
+    return nobodys_step(counts, block_size=block_size)
+
+
+def nobodys_step(
+    counts: npt.ArrayLike,
+    *,
+    past: npt.ArrayLike = 0,
+    block_size: int,
+    num_blocks: int | None = None,
+    num_rows: int | None = None,
+) -> StepInput:
+    """Tokens of no request, over a cache in which nothing is kept yet.
+
+    Args:
+        counts: tokens of each of R sequences, at least one.
+        past: tokens before them, of each or the same of all.
+        block_size: tokens in a block.
+        num_blocks: of the cache; if the sequences need more, they share some, which no kernel minds. None for enough.
+        num_rows: the last so many rows have logits; None for the last of each sequence.
+    """
+    counts = np.asarray(counts, dtype=np.int64)  # [R]
+    context_lens = counts + np.asarray(past, dtype=np.int64)
+    num_tokens, max_blocks = int(counts.sum()), -(-int(context_lens.max()) // block_size)
     query_start = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
-    max_blocks = -(-int(counts.max()) // block_size)
-    block_tables = np.arange(num_seqs * max_blocks, dtype=np.int32).reshape(num_seqs, max_blocks)
-    owners = np.repeat(np.arange(num_seqs), counts)
-    positions = np.arange(num_tokens) - query_start[:-1][owners]
+    block_tables = np.arange(len(counts) * max_blocks, dtype=np.int32).reshape(len(counts), max_blocks)
+    if num_blocks is not None:
+        block_tables %= num_blocks
+    owners = np.repeat(np.arange(len(counts)), counts)  # [T]
+    positions = np.arange(num_tokens) + (context_lens - query_start[1:])[owners]
+    slots = block_tables[owners, positions // block_size].astype(np.int64) * block_size + positions % block_size
+    last = query_start[1:] - 1
     return StepInput(
         token_ids=np.zeros(num_tokens, dtype=np.int32),
         positions=positions.astype(np.int32),
-        slot_mapping=(owners * max_blocks * block_size + positions).astype(np.int64),
+        slot_mapping=slots,
         block_tables=block_tables,
         query_start=query_start,
-        context_lens=counts.astype(np.int32),
-        logits_rows=query_start[1:] - 1,
+        context_lens=context_lens.astype(np.int32),
+        logits_rows=last if num_rows is None else np.arange(num_tokens - num_rows, num_tokens, dtype=np.int32),
     )

@@ -22,6 +22,13 @@ class KVCache:
     num_blocks: int
     block_size: int
 
+    def clear(self) -> None:
+        """As `allocate` made it: what steps of nobody's tokens left is forgotten."""
+        for layer in self.layers:
+            for tensor in (layer.keys, layer.values, layer.key_scales, layer.value_scales):
+                if tensor is not None:
+                    tensor.zero_()
+
 
 def block_bytes(model: ModelConfig, num_kv_heads: int, *, block_size: int, dtype: torch.dtype) -> int:
     """Bytes of a block on one rank: keys and values of all layers.

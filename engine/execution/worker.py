@@ -24,6 +24,7 @@ from engine.execution.memory import CacheNeed, shortage
 from engine.execution.parallel import TensorParallelGroup
 from engine.execution.profile import profile
 from engine.execution.runner import ModelRunner
+from engine.execution.warmup import warm_up
 from engine.layers.attention import heads_per_rank
 from engine.models import DecoderModel, build_model
 from engine.quantization.config import QuantizationConfig
@@ -160,9 +161,11 @@ class Worker:
         )
         self._num_kv_blocks = num_blocks
         self._runner = self._make_runner(num_blocks + bool(self._graph_sizes))
+        # Before graphs: what they record must be compiled.
+        warm_up(self._runner, self.config, self.model, max_model_len=self.max_model_len, num_blocks=num_blocks)
         self._capture(self._runner)
         if self._experts is not None:
-            self._experts.reset()  # profiling and capturing ran steps of nobody's tokens
+            self._experts.reset()  # all the steps until here were nobody's
 
     def execute(self, step: StepInput) -> Tensor | None:
         """Run a flat batch, at the same time on every rank: fp32 logits [S, vocab_size] on rank 0, None elsewhere."""

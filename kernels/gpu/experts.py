@@ -10,7 +10,7 @@ from kernels.gpu.arrange import activate_kernel, combine_kernel
 from kernels.gpu.linear import pieces
 from kernels.gpu.packed import GpuPrepared
 from kernels.gpu.routing import sort_pairs
-from kernels.gpu.shapes import shape_for
+from kernels.gpu.shapes import expert_rows, shape_for
 from kernels.prepared import Prepared
 
 BLOCK = 512
@@ -31,8 +31,7 @@ def fused_moe(x: Tensor, gate_up: Prepared, down: Prepared, weights: Tensor, ids
     if not tokens:
         return out
     experts = first.parts[0].codes.shape[0]
-    # Tokens an expert gets if they spread evenly, but never more rows than there are tokens: its ids in a row differ.
-    shape = shape_for(min(tokens, 2 * triton.cdiv(pairs, experts)), first, second)
+    shape = shape_for(expert_rows(tokens, top_k=top_k, experts=experts), first, second)
     blocks = sort_pairs(ids, experts=experts, block=shape.rows)
     sums = launch.multiply(x, first, rows=pairs, shape=shape, share=top_k, blocks=blocks)  # [splits, pairs, 2I]
     middle = x.new_empty((pairs, inner))

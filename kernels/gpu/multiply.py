@@ -17,8 +17,9 @@ _CCQ_EXPONENT = tl.constexpr(assembly.POSITION - assembly.CCQ_LOW - assembly.CCQ
 _CCQ_UNIT = tl.constexpr(2.0**assembly.CCQ_SCALE)
 
 
-# Sizes that change from step to step must not make new kernels.
-@triton.jit(do_not_specialize=["T", "split_tiles", "first_split"])
+# Sizes that change from step to step must not make new kernels, nor those of a weight that say nothing of an address:
+# with N, Q and GROUPS a compiler knows all of the alignment that it can use.
+@triton.jit(do_not_specialize=["T", "tiles", "split_tiles", "group_rows", "first_split"])
 def multiply_kernel(
     x_ptr,
     unit_ptr,

@@ -103,6 +103,11 @@ def sort_kernel(
     tl.store(expert_ptr + b, tl.where(b < used, owner, -1), mask=b < blocks)
 
 
+def sorted_at_once(pairs: int) -> int | None:
+    """BLOCK_P of `sort_kernel` for so many pairs; None if they are too many for it."""
+    return int(triton.next_power_of_2(pairs)) if pairs <= ONE_PROGRAM else None
+
+
 def max_blocks(pairs: int, experts: int, block: int) -> int:
     """Most blocks of `block` pairs of one expert that `pairs` pairs of `experts` experts can fill, at least in part."""
     return min(pairs, (pairs + min(pairs, experts) * (block - 1)) // block)
@@ -123,7 +128,8 @@ def sort_pairs(ids: Tensor, *, experts: int, block: int) -> tuple[Tensor, Tensor
     pairs = ids.numel()
     blocks = max_blocks(pairs, experts, block)
     slots = torch.full((blocks, block), pairs, dtype=torch.int32, device=ids.device)
-    if pairs <= ONE_PROGRAM:
+    at_once = sorted_at_once(pairs)
+    if at_once is not None:
         owners = torch.empty(blocks, dtype=torch.int32, device=ids.device)
         sort_kernel[(1,)](
             ids,
@@ -132,9 +138,10 @@ def sort_pairs(ids: Tensor, *, experts: int, block: int) -> tuple[Tensor, Tensor
             pairs,
             blocks,
             BT=block,
-            BLOCK_P=triton.next_power_of_2(pairs),
+            BLOCK_P=at_once,
             BLOCK_E=triton.next_power_of_2(experts),
-            BLOCK_B=triton.next_power_of_2(blocks),
+            # Of as many pairs as there may be, not of those there are, or there would be more kernels to compile.
+            BLOCK_B=triton.next_power_of_2(max_blocks(at_once, experts, block)),
             num_warps=8,
             enable_fp_fusion=True,
         )

@@ -54,6 +54,14 @@ def shape_for(rows: int, *weights: GpuPrepared) -> Shape:
     return next((shape for shape in possible if rows <= shape.rows), possible[-1])
 
 
+def expert_rows(tokens: int, *, top_k: int, experts: int) -> int:
+    """Rows for `shape_for` of experts: what each gets of `tokens` if they spread evenly, twice over.
+
+    Never more than there are tokens: the experts of one differ.
+    """
+    return min(tokens, 2 * triton.cdiv(tokens * top_k, experts))
+
+
 def features_for(layout: Layout, shape: Shape) -> int:
     """Output features of a program: fewer where sums of planes, or of groups beside all, want registers too."""
     few = shape.rows <= SHAPES[1].rows
