@@ -6,7 +6,6 @@ import asyncio
 import logging
 import random
 import time
-import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -75,7 +74,6 @@ class EngineClient:
             pools,
             options.pools,
             identity=options.identity,
-            ingress_id=uuid.uuid4().hex,
             router=self._router,
             room=self._room,
             observer=self._observer,

@@ -55,7 +55,6 @@ class EngineConnection:
         leases: DeploymentHandle[Any],
         *,
         actors: Actors,
-        ingress_id: str,
         on_item: Callable[[EngineConnection, Item], None],
         suspect: bool = False,
     ) -> None:
@@ -65,7 +64,6 @@ class EngineConnection:
             address: where the engine is.
             leases: handle of ``EngineReplica.lease``.
             actors: where the engine's shard is found.
-            ingress_id: name of this ingress process.
             on_item: called with all that is heard, before the requests get their tokens.
             suspect: the engine made no progress when it was last seen. It has to show some to be used: the first item
                 of a stream says nothing about that, the second does.
@@ -80,8 +78,8 @@ class EngineConnection:
         self.came_up = False
         """For the owner to note that it has been ready."""
         self._lease_handle = leases
-        # A name for each connection: a call of the one before that comes late must not find the stream of this one.
-        self._ingress_id = f"{ingress_id}-{uuid.uuid4().hex[:8]}"
+        # Of this connection alone: a call of the one before that comes late must not find the stream of this one.
+        self._name = uuid.uuid4().hex
         self._shard: ActorHandle[Any] | None = None
         self._load: EngineLoad | None = None
         self._loop = asyncio.get_running_loop()
@@ -168,7 +166,7 @@ class EngineConnection:
         # loss of the object's owner: Ray cancels neither a dead caller's stream nor anything else it left running.
         tether: Any = shard.tether.remote()
         stream = shard.stream.options(num_returns="streaming", _generator_backpressure_num_objects=UNREAD_ITEMS).remote(
-            self._ingress_id, [tether]
+            self._name, [tether]
         )
         try:
             async for item in stream:
@@ -227,7 +225,7 @@ class EngineConnection:
         aborted = [request_id for request_id in aborted if request_id not in unsent]
         if submitted:
             self._submitting = True
-            self._call(self._shard.submit.remote(self._ingress_id, submitted)).add_done_callback(self._submitted)
+            self._call(self._shard.submit.remote(self._name, submitted)).add_done_callback(self._submitted)
         if aborted:
             self._call(self._shard.abort.remote(aborted))
         self._plan_lease()
@@ -242,7 +240,7 @@ class EngineConnection:
     def _open_lease(self) -> None:
         self._lease = None
         if self._failure is None and len(self._requests):
-            self._lease = self._hold(self._ingress_id)
+            self._lease = self._hold(self._name)
             self._lease.add_done_callback(self._lease_ended)
 
     def _lease_ended(self, _: asyncio.Task[None]) -> None:

@@ -58,7 +58,6 @@ class Engines:
         pools: Sequence[PoolInfo],
         *,
         identity: str | None,
-        ingress_id: str,
         router: Router,
         room: WaitingRoom,
         observer: Observer,
@@ -70,13 +69,11 @@ class Engines:
             handles: of the pools' deployments, by the name of the pool.
             pools: in the order in which they are preferred when one has to be started.
             identity: of the model, see ``deployments.identity``; engines of another one are not used. None: any is.
-            ingress_id: name of this ingress process.
             router: gets to know the engines, and their loads.
             room: hears when one comes up, and when the last has gone.
             observer: hears of the loads.
             actors: where the engines' shards are found; None: through Ray.
         """
-        self.ingress_id = ingress_id
         self.first_ready = asyncio.Event()
         """Set when an engine has been ready."""
         self._handles = dict(handles)
@@ -188,7 +185,6 @@ class Engines:
                 engine,
                 leases,
                 actors=self._actors,
-                ingress_id=self.ingress_id,
                 on_item=self._heard,
                 suspect=suspect,
             )

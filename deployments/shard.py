@@ -156,7 +156,7 @@ class Shard:
         When the stream is cancelled, or the ingress's process dies, its requests are aborted.
 
         Args:
-            ingress_id: name of the ingress process.
+            ingress_id: name of the ingress, another for each stream that it opens.
             tether: an object of its own that never comes to be, see :meth:`tether`.
         """
         _, fanout = self._running()

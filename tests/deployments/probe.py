@@ -119,7 +119,7 @@ class Probe:
         (connection,) = self._client._engines
         stream = self._client.generate(request)
         await anext(stream)
-        names = [request.request_id, connection._ingress_id, "request that is over", "ingress that is gone"]
+        names = [request.request_id, connection._name, "request that is over", "ingress that is gone"]
         replica_id = connection.address.replica_id
         leases = {name: open_lease(connection._lease_handle, name, replica_id=replica_id) for name in names}
         async with asyncio.timeout(60):

@@ -40,9 +40,7 @@ async def connected(wire: Wire, leases: Any = None) -> AsyncIterator[EngineConne
     network = Network()
     network.wires["e"] = wire
     heard = asyncio.Event()
-    connection = EngineConnection(
-        address("e"), leases or Handle(), actors=network, ingress_id="i", on_item=lambda *_: heard.set()
-    )
+    connection = EngineConnection(address("e"), leases or Handle(), actors=network, on_item=lambda *_: heard.set())
     reading = asyncio.ensure_future(connection.run())
     try:
         await heard.wait()
@@ -135,7 +133,6 @@ def engines_of(actors: Actors, room: WaitingRoom | None = None) -> Engines:
         {POOL: Handle()},  # type: ignore[dict-item]  # stands in for Serve's
         [PoolInfo(POOL, 64, on_demand=False)],
         identity=None,
-        ingress_id="i",
         router=Router(RoutingOptions(), seed=0),
         room=WaitingRoom(FailoverConfig()) if room is None else room,
         observer=Observer(),
